@@ -1,0 +1,28 @@
+"""The command `ood-hvl`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ood_hvl import __version__
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ood-hvl` and return its exit code."""
+    parser = _parser()
+    parser.parse_args(argv)
+    parser.print_help()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ood-hvl",
+        description="HVL: hierarchical vision-language out-of-distribution detection for medical images (MICCAI 2025).",
+        epilog="The Python module ood_hvl.functional offers split_pyramid, parent_index, adapt, fuse and entropy.",
+    )
+    parser.add_argument("--version", action="version", version=f"ood-hvl {__version__}")
+    return parser

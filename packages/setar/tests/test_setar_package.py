@@ -1,0 +1,56 @@
+import doctest
+import subprocess
+import sys
+
+import ood_setar
+import pytest
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_command_answers(option):
+    done = python(f"import sys; from ood_setar.cli import main; sys.exit(main([{option!r}]))")
+    assert done.returncode == 0, done.stderr
+    expected = f"ood-setar {ood_setar.__version__}" if option == "--version" else "usage: ood-setar"
+    assert done.stdout.startswith(expected)
+    assert not done.stderr
+
+
+def test_help_names_only_functions_that_exist(capsys):
+    from ood_setar.cli import main
+
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ood_setar.functional.__all__)
+
+
+def test_an_unknown_argument_is_a_usage_error(capsys):
+    from ood_setar.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--nonsense"])
+    assert stop.value.code == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["ood_setar", "ood_setar.cli"])
+def test_import_is_light(module):
+    heavy = ("torch", "triton", "transformers", "open_clip", "timm", "sklearn")
+    done = python(f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_public_names_are_found_and_others_are_not():
+    assert set(ood_setar.__all__) <= set(dir(ood_setar))
+    assert all(getattr(ood_setar, name) is not None for name in ood_setar.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = ood_setar.nonsense
+
+
+def test_examples_of_the_docstrings():
+    result = doctest.testmod(ood_setar.functional, verbose=False)
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,130 @@
+"""Backbones: pre-trained vision (and language) models behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ood_core.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from ood_core.backbones.base import Backbone
+
+__all__ = ["create_backbone", "list_backbones"]
+
+
+def _tiny(name: str, spec: str) -> Backbone:
+    from ood_core.backbones.open_clip import OpenCLIPBackbone
+    from ood_core.backbones.transform import ImageTransform
+    from ood_core.tiny import ByteTokenizer, load_model
+
+    return OpenCLIPBackbone(load_model(), ByteTokenizer(), ImageTransform(crop=(64, 64), resize=64), spec=spec)
+
+
+def _open_clip(name: str, spec: str) -> Backbone:
+    from ood_core.backbones.open_clip import load_open_clip
+
+    return load_open_clip(name, spec=spec)
+
+
+def _timm(name: str, spec: str) -> Backbone:
+    from ood_core.backbones.timm import load_timm
+
+    return load_timm(name, spec=spec)
+
+
+def _transformers(name: str, spec: str) -> Backbone:
+    from ood_core.backbones.transformers import load_transformers
+
+    return load_transformers(name, spec=spec)
+
+
+_LOADERS: dict[str, Callable[[str, str], Backbone]] = {
+    "tiny": _tiny,
+    "open_clip": _open_clip,
+    "timm": _timm,
+    "hf": _transformers,
+}
+
+
+def list_backbones() -> list[str]:
+    """Specs to start from; NAME stands for any model of that library.
+
+    Example:
+        >>> list_backbones()[0]
+        'tiny'
+    """
+    return [
+        "tiny",
+        "open_clip:ViT-B-16/openai",
+        "open_clip:NAME/TAG",
+        "open_clip:local-dir:FOLDER",
+        "timm:vit_base_patch14_dinov2.lvd142m",
+        "timm:NAME",
+        "hf:openai/clip-vit-base-patch16",
+        "hf:NAME_OR_FOLDER",
+    ]
+
+
+def create_backbone(
+    spec: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", edit: str | None = None
+) -> Backbone:
+    """Load a backbone.
+
+    Args:
+        spec: "tiny" (embedded, needs no network), "open_clip:ARCHITECTURE/TAG", "open_clip:ARCHITECTURE" (random
+            weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME" (random weights), "hf:NAME_OR_FOLDER".
+        device: where it runs.
+        dtype: precision of the weights: "auto" (bfloat16 on GPUs and on CPUs with bfloat16 instructions, float32
+            elsewhere), "float32", "bfloat16", "float16" or a torch dtype. Results are float32 in any case.
+        edit: folder of a saved SeTAR edit to apply (needs `ood-setar`).
+
+    Returns:
+        The backbone, frozen and in evaluation mode.
+
+    Raises:
+        UsageError: an unknown library, model or dtype.
+        MissingDataError: weights that cannot be had.
+
+    Example:
+        >>> create_backbone("tiny").grid
+        (8, 8)
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"spec must be a string such as 'tiny', got {spec!r}.")
+    library, _, name = spec.partition(":")
+    if library not in _LOADERS or (library == "tiny") == bool(name):
+        raise unknown_name("backbone", spec, list_backbones())
+    precision = _resolve_dtype(dtype, torch.device(device))
+    backbone = _LOADERS[library](name, spec)
+    if edit is not None:
+        backbone = _apply_edit(backbone, edit)
+    backbone.model.to(device=device, dtype=precision)
+    return backbone
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype != "auto" and dtype not in named:
+        raise unknown_name("dtype", dtype, ["auto", *named])
+    if dtype != "auto":
+        return named[dtype]
+    fast = device.type != "cpu" or _cpu_has_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _apply_edit(backbone: Backbone, folder: str) -> Backbone:
+    try:
+        from ood_setar import SeTAREdit
+    except ImportError as error:
+        raise UsageError("A SeTAR edit needs the package ood-setar: pip install ood-setar") from error
+    return SeTAREdit.from_pretrained(folder).apply(backbone)

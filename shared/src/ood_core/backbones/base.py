@@ -1,0 +1,398 @@
+"""The interface of every backbone, and the one place where images and texts are encoded.
+
+An adapter says how its library runs a network up to the last block and what that block is made of; encoding, the
+value path, text truncation and prompt learning are here, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ood_core.backbones.linear import NamedLinear
+from ood_core.backbones.transform import ImageTransform
+from ood_core.errors import UsageError, unknown_name
+
+__all__ = ["FEATURES", "Backbone", "BlockParts", "identity", "value_path"]
+
+FEATURES = ("image", "local", "logits")
+
+# Backbones to name when one lacks a capability.
+_EXAMPLES = {
+    "local": "'tiny', 'open_clip:ViT-B-16/openai' or 'timm:vit_base_patch14_dinov2.lvd142m'",
+    "text": "'tiny', 'open_clip:ViT-B-16/openai' or 'hf:openai/clip-vit-base-patch16'",
+    "logits": "'timm:swinv2_base_window16_256.ms_in1k' or another classifier",
+    "blocks": "'tiny', 'open_clip:ViT-B-16/openai' or 'timm:vit_base_patch14_dinov2.lvd142m'",
+    "prompts": "'tiny', 'open_clip:ViT-B-16/openai' or 'hf:openai/clip-vit-base-patch16'",
+}
+
+
+def identity(x: Tensor) -> Tensor:
+    """The missing layer."""
+    return x
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """What a transformer block is made of, as functions on tokens [..., D] (`post_norm`: Swin v2's order)."""
+
+    norm1: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]
+    norm2: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    scale1: Callable[[Tensor], Tensor] = identity
+    scale2: Callable[[Tensor], Tensor] = identity
+    post_norm: bool = False
+
+
+def value_path(block: BlockParts, x: Tensor) -> Tensor:
+    """The block with its attention weights replaced by the identity: every token sees only itself.
+
+    Local features of GL-MCM, LoCoOp, IIM and SeTAR: value and output projection, both residuals, the MLP.
+
+    Args:
+        block: the last block.
+        x: its input tokens [..., D].
+
+    Returns:
+        Tokens of the same shape.
+    """
+    if block.post_norm:
+        x = x + block.scale1(block.norm1(block.out(block.value(x))))
+        return x + block.scale2(block.norm2(block.mlp(x)))
+    x = x + block.scale1(block.out(block.value(block.norm1(x))))
+    return x + block.scale2(block.mlp(block.norm2(x)))
+
+
+class Backbone(ABC):
+    """A frozen vision (and language) model behind one interface.
+
+    Attributes:
+        spec: the string that made it.
+        model: the library's own module.
+        capabilities: of "image", "local", "text", "prompts", "logits", "blocks".
+        transform: PIL image of any size and mode to float32 [3, H, W].
+        grid: patches (rows, columns) of the local features, or None.
+        width: embedding width d.
+        logit_scale: factor of cosines in the model's own logits (1.0 without a text tower).
+        label_names: class names of a classifier head, if the library knows them.
+
+    Example:
+        >>> from ood_core import create_backbone
+        >>> backbone = create_backbone("tiny")
+        >>> image, local = backbone.encode_dense(torch.zeros(2, 3, 64, 64))
+        >>> image.shape, local.shape, backbone.grid
+        (torch.Size([2, 192]), torch.Size([2, 64, 192]), (8, 8))
+    """
+
+    capabilities: frozenset[str]
+    grid: tuple[int, int] | None = None
+    width: int
+    logit_scale: float = 1.0
+    label_names: list[str] | None = None
+    context_length: int = 0
+
+    def __init__(self, model: nn.Module, transform: ImageTransform, *, spec: str) -> None:
+        self.spec = spec
+        self.model: Any = model.eval().requires_grad_(False)
+        self.transform = transform
+        self._hash = _hash_tensors(model.state_dict().items(), repr(model))
+        self._edits: dict[str, tuple[str, str]] = {}  # name -> hashes of the original and the edited weight
+        self._texts: dict[str, Tensor] = {}
+        self._prompt_chunk = 256
+
+    # ---- what an adapter provides
+
+    @abstractmethod
+    def prefix(self, x: Tensor) -> Tensor:
+        """Input tokens of the last block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin)."""
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The last transformer block, callable on the tokens of `prefix`; gradients flow."""
+        raise self._lacks("blocks")
+
+    @abstractmethod
+    def _image_embedding(self, tokens: Tensor) -> Tensor:
+        """[B, d] from the tokens behind the last block, not normalised."""
+
+    def _local_embedding(self, tokens: Tensor) -> Tensor:
+        """[B, P, d] from tokens behind the last block (or its value path), not normalised."""
+        raise self._lacks("local")
+
+    def _block_parts(self) -> BlockParts:
+        raise self._lacks("local")
+
+    def _logits(self, embedding: Tensor) -> Tensor:
+        raise self._lacks("logits")
+
+    def _linears(self) -> Iterator[NamedLinear]:
+        """Every named weight, top level names without a layer last."""
+        return iter(())
+
+    def _tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids int64 [N, L] of a causal tower, padded behind the end mark."""
+        raise self._lacks("text")
+
+    def _end_positions(self, ids: Tensor) -> Tensor:
+        """Index of the token that is read as the text's embedding, int64 [N]."""
+        raise self._lacks("text")
+
+    def _embed_tokens(self, ids: Tensor) -> Tensor:
+        """Token embeddings [N, L, D] without positions."""
+        raise self._lacks("text")
+
+    def _text_embedding(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """[N, d] from token embeddings [N, L, D], read at position `end` [N], not normalised."""
+        raise self._lacks("text")
+
+    # ---- device and precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights; results are float32 whatever it is."""
+        return next(self.model.parameters()).dtype
+
+    # ---- images
+
+    @torch.no_grad()
+    def encode(
+        self, x: Tensor, needs: Collection[str] = ("image",), *, local: str = "value", normalize: bool = True
+    ) -> dict[str, Tensor]:
+        """Everything a detector may need, from one pass.
+
+        Args:
+            x: transformed images [B, 3, H, W] on any device.
+            needs: of "image", "local", "logits".
+            local: "value" (value path of the last block) or "tokens" (its plain output tokens).
+            normalize: unit-norm image and local features.
+
+        Returns:
+            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C].
+
+        Raises:
+            UsageError: a need the backbone does not have; the message names backbones that do.
+            ValueError: images of another shape than the transform gives, or NaN.
+        """
+        needs = self.check_needs(needs)
+        if local not in ("value", "tokens"):
+            raise ValueError(f"local={local!r} must be 'value' or 'tokens'.")
+        tokens = self.prefix(self._pixels(x))
+        out: dict[str, Tensor] = {}
+        full = tokens if needs == {"local"} and local == "value" else self._run_last_block(tokens)
+        if "image" in needs or "logits" in needs:
+            embedding = self._image_embedding(full)
+            if "image" in needs:
+                out["image"] = _finish(embedding, normalize)
+            if "logits" in needs:
+                out["logits"] = self._logits(embedding).float()
+        if "local" in needs:
+            patches = value_path(self._block_parts(), tokens) if local == "value" else full
+            out["local"] = _finish(self._local_embedding(patches), normalize)
+        return out
+
+    def encode_image(self, x: Tensor, *, normalize: bool = True) -> Tensor:
+        """Image embeddings, float32 [B, d], unit norm unless `normalize=False`.
+
+        Args:
+            x: transformed images [B, 3, H, W] on any device.
+            normalize: False gives the raw embedding.
+        """
+        return self.encode(x, {"image"}, normalize=normalize)["image"]
+
+    def encode_dense(self, x: Tensor, local: str = "value", *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+        """Image embeddings [B, d] and local features [B, P, d] in row-major order of `grid`, float32.
+
+        Args:
+            x: transformed images [B, 3, H, W] on any device.
+            local: "value" or "tokens", see `encode`.
+            normalize: unit norm.
+        """
+        out = self.encode(x, {"image", "local"}, local=local, normalize=normalize)
+        return out["image"], out["local"]
+
+    def encode_logits(self, x: Tensor) -> Tensor:
+        """Logits of the classifier head, float32 [B, C].
+
+        Raises:
+            UsageError: the backbone has no classifier head.
+        """
+        return self.encode(x, {"logits"})["logits"]
+
+    def _run_last_block(self, tokens: Tensor) -> Tensor:
+        return self.last_block(tokens) if "blocks" in self.capabilities else tokens
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        height, width = self.transform.crop
+        if not isinstance(x, Tensor) or x.ndim != 4 or list(x.shape[1:]) != [3, height, width]:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"Images must be a tensor [B, 3, {height}, {width}], as backbone.transform gives them; got {shape}."
+            )
+        if not x.isfinite().all():
+            raise ValueError("Images hold NaN or infinite values: pass what backbone.transform gives.")
+        return x.to(self.device, self.dtype)
+
+    # ---- texts
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> Tensor:
+        """Text embeddings, float32 [C, d], unit norm unless `normalize=False`.
+
+        With a causal mask the pass is cut behind the last end mark, which changes nothing. Texts already encoded
+        by this backbone come from memory.
+
+        Args:
+            texts: full prompts, at least one.
+            normalize: False gives the raw embedding.
+        """
+        self.require("text")
+        texts = _text_list(texts)
+        state = [self.fingerprint, str(self.device), str(self.dtype), texts]
+        key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        if key not in self._texts:
+            chunks = [texts[i : i + self._prompt_chunk] for i in range(0, len(texts), self._prompt_chunk)]
+            self._texts = dict(list(self._texts.items())[-7:])
+            self._texts[key] = torch.cat([self._encode_text_chunk(chunk) for chunk in chunks])
+        return _finish(self._texts[key].clone(), normalize)
+
+    def _encode_text_chunk(self, texts: list[str]) -> Tensor:
+        ids = self._tokenize(texts).to(self.device)
+        end = self._end_positions(ids)
+        ids = ids[:, : int(end.max()) + 1]  # exact: no token sees what comes behind it
+        return self._text_embedding(self._embed_tokens(ids), end).float()
+
+    def encode_prompts(self, context: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Embeddings of learned prompts, float32 [C, d], unit norm; gradients reach `context`.
+
+        The prompt of a class is [start][context][class name][.][end]. An empty name gives a prompt without a class
+        word (a negative prompt).
+
+        Args:
+            context: [C, n, D] per class or [n, D] shared, D the width of the token embedding.
+            class_names: C names; underscores are spaces.
+
+        Raises:
+            ValueError: shapes that do not fit, or a name too long for the text tower's context.
+        """
+        self.require("prompts")
+        names = [name.replace("_", " ") for name in _text_list(class_names, empty=True)]
+        if context.ndim == 2:
+            context = context.expand(len(names), -1, -1)
+        ids = self._tokenize([f"{name}." for name in names]).to(self.device)
+        with torch.no_grad():
+            words = self._embed_tokens(ids)
+        if context.ndim != 3 or len(context) != len(names) or context.shape[-1] != words.shape[-1]:
+            raise ValueError(
+                f"context must be [n, {words.shape[-1]}] or [{len(names)}, n, {words.shape[-1]}], "
+                f"got {list(context.shape)}."
+            )
+        end = self._end_positions(ids) + context.shape[1]
+        length = int(end.max()) + 1
+        if length > self.context_length:
+            longest = names[int(end.argmax())]
+            raise ValueError(
+                f"Class name {longest!r} with {context.shape[1]} context tokens needs {length} tokens; the text tower "
+                f"takes {self.context_length}. Shorten the name or the context."
+            )
+        prompts = torch.cat([words[:, :1], context.to(self.device, words.dtype), words[:, 1:]], 1)
+        return _finish(self._text_embedding(prompts[:, :length], end), True)
+
+    # ---- weights
+
+    def linears(self) -> list[str]:
+        """Names that `linear` takes, bottom layer first."""
+        return [linear.name for linear in self._linears()]
+
+    def linear(self, name: str) -> NamedLinear:
+        """One weight by name, e.g. "visual.11.up" or "text.3.query".
+
+        Raises:
+            UsageError: an unknown name; the message lists the nearest known ones.
+        """
+        found = {linear.name: linear for linear in self._linears()}
+        if name not in found:
+            raise unknown_name("weight", name, found)
+        return found[name]
+
+    def _named(
+        self, tower: str, layer: str, weights: dict[str, nn.Parameter | tuple[nn.Parameter, slice]]
+    ) -> Iterator[NamedLinear]:
+        for kind, place in weights.items():
+            parameter, rows = place if isinstance(place, tuple) else (place, None)
+            yield NamedLinear(f"{tower}.{layer}.{kind}", parameter, rows, on_change=self._record_edit)
+
+    def _record_edit(self, linear: NamedLinear, before: Tensor) -> None:
+        now = _hash_tensors([(linear.name, linear.weight)])
+        original, _ = self._edits.get(linear.name) or (_hash_tensors([(linear.name, before)]), "")
+        self._edits[linear.name] = (original, now)
+        if now == original:
+            del self._edits[linear.name]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of architecture and weights; changes with an edit and returns when it is undone."""
+        edits = sorted((name, now) for name, (_, now) in self._edits.items())
+        return hashlib.sha256(json.dumps([self._hash, edits]).encode()).hexdigest()
+
+    # ---- capabilities
+
+    def check_needs(self, needs: Collection[str]) -> frozenset[str]:
+        """The features asked for, once it is sure that this backbone has them.
+
+        Raises:
+            UsageError: an unknown feature, or one the backbone does not have.
+        """
+        if unknown := set(needs) - set(FEATURES):
+            raise unknown_name("feature", sorted(unknown)[0], FEATURES)
+        self.require(*needs)
+        return frozenset(needs)
+
+    def require(self, *capabilities: str) -> None:
+        """Raise a `UsageError` that names other backbones unless all `capabilities` are there."""
+        for capability in capabilities:
+            if capability not in self.capabilities:
+                raise self._lacks(capability)
+
+    def _lacks(self, capability: str) -> UsageError:
+        return UsageError(
+            f"Backbone {self.spec!r} has no {capability!r} (it has {', '.join(sorted(self.capabilities))}). "
+            f"Use {_EXAMPLES.get(capability, 'another backbone')}."
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.spec} d={self.width} grid={self.grid} {self.dtype} on {self.device}>"
+
+
+def _finish(features: Tensor, normalize: bool) -> Tensor:
+    return F.normalize(features.float(), dim=-1) if normalize else features.float()
+
+
+def _text_list(texts: Sequence[str], *, empty: bool = False) -> list[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"Texts must be a list of strings, got {texts!r}.")
+    if not texts or not (empty or all(text.strip() for text in texts)):
+        raise ValueError(f"Texts must be at least one non-empty string, got {list(texts)!r}.")
+    return list(texts)
+
+
+def _hash_tensors(named: Iterable[tuple[str, Tensor]], architecture: str = "") -> str:
+    digest = hashlib.sha256(architecture.encode())
+    for name, tensor in named:
+        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

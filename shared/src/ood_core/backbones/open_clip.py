@@ -1,0 +1,219 @@
+"""CLIP models of the open_clip library (OpenAI's, LAION's, the embedded tiny one)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from ood_core.backbones.base import Backbone, BlockParts
+from ood_core.backbones.linear import NamedLinear, fused_qkv
+from ood_core.backbones.transform import ImageTransform
+from ood_core.errors import MissingDataError, unknown_name
+
+__all__ = ["OpenCLIPBackbone", "load_open_clip"]
+
+log = logging.getLogger(__name__)
+
+
+class OpenCLIPBackbone(Backbone):
+    """Any open_clip model: vision transformers with everything, other image towers with image and text only.
+
+    Args:
+        model: `open_clip.CLIP` or `CustomTextCLIP`.
+        tokenizer: texts to padded token ids [N, context length].
+        transform: the model's image transform.
+        spec: name for messages and results.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Callable[..., Tensor], transform: ImageTransform, *, spec: str = "open_clip"
+    ) -> None:
+        super().__init__(model, transform, spec=spec)
+        self.tokenizer = tokenizer
+        self.visual: Any = model.visual
+        self.text: Any = getattr(model, "text", model)
+        self.logit_scale = float(model.logit_scale.exp())
+        capabilities = {"image", "text"}
+        if self._is_plain_transformer():
+            capabilities |= {"local", "blocks"}
+            self.grid = tuple(self.visual.grid_size)
+            self.width = self.visual.output_dim
+        else:
+            self.width = _output_width(self.visual, transform)
+        if _is_causal(self.text):
+            capabilities.add("prompts")
+            self.context_length = self.text.context_length
+        self.capabilities = frozenset(capabilities)
+
+    def _is_plain_transformer(self) -> bool:
+        visual = self.visual
+        return (
+            isinstance(visual, VisionTransformer)
+            and visual.attn_pool is None
+            and all(type(block) is ResidualAttentionBlock for block in visual.transformer.resblocks)
+        )
+
+    # ---- images
+
+    def prefix(self, x: Tensor) -> Tensor:
+        """Input tokens of the last block [B, 1 + P, D]; the image embedding itself for other towers."""
+        if "blocks" not in self.capabilities:
+            return self.visual(x)
+        x = self.visual._embeds(x)
+        for block in self.visual.transformer.resblocks[:-1]:
+            x = block(x)
+        return x
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The last residual attention block."""
+        self.require("blocks")
+        return self.visual.transformer.resblocks[-1]
+
+    def _image_embedding(self, tokens: Tensor) -> Tensor:
+        if "blocks" not in self.capabilities:
+            return tokens
+        return self._project(self.visual._pool(tokens)[0])
+
+    def _local_embedding(self, tokens: Tensor) -> Tensor:
+        return self._project(self.visual.ln_post(tokens[:, 1:]))
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x if self.visual.proj is None else x @ self.visual.proj
+
+    def _block_parts(self) -> BlockParts:
+        block: Any = self.last_block
+        attn, width = block.attn, block.attn.embed_dim
+
+        def value(x: Tensor) -> Tensor:
+            return F.linear(x, attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :])
+
+        return BlockParts(block.ln_1, value, attn.out_proj, block.ln_2, block.mlp, block.ls_1, block.ls_2)
+
+    # ---- texts
+
+    def _tokenize(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts)
+
+    def _end_positions(self, ids: Tensor) -> Tensor:
+        if _pool_type(self.text) == "eos":
+            return (ids == _eos_id(self.text)).int().argmax(-1)
+        return ids.argmax(-1)
+
+    def _encode_text_chunk(self, texts: list[str]) -> Tensor:
+        if "prompts" in self.capabilities:
+            return super()._encode_text_chunk(texts)
+        # A bidirectional tower (SigLIP's) or another library's reads the padding too: nothing can be cut.
+        return self.model.encode_text(self._tokenize(texts).to(self.device)).float()
+
+    def _embed_tokens(self, ids: Tensor) -> Tensor:
+        return self.text.token_embedding(ids)
+
+    def _text_embedding(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        length = embeddings.shape[1]
+        x = embeddings + self.text.positional_embedding[:length]
+        mask = self.text.attn_mask
+        x = self.text.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
+        x = self.text.ln_final(x)[torch.arange(len(x), device=x.device), end]
+        projection = self.text.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+    # ---- weights
+
+    def _linears(self) -> Iterator[NamedLinear]:
+        for tower, owner in (("visual", self.visual), ("text", self.text)):
+            for layer, block in enumerate(getattr(getattr(owner, "transformer", None), "resblocks", ())):
+                if isinstance(block, ResidualAttentionBlock):
+                    yield from self._named(tower, str(layer), _block_weights(block))
+        if "blocks" in self.capabilities and self.visual.proj is not None:
+            yield self._projection("visual.projection", self.visual.proj)
+        text: Any = getattr(self.text, "text_projection", None)
+        if isinstance(text, nn.Linear):
+            yield NamedLinear("text.projection", text.weight, on_change=self._record_edit)
+        elif text is not None:
+            yield self._projection("text.projection", text)
+
+    def _projection(self, name: str, parameter: nn.Parameter) -> NamedLinear:
+        return NamedLinear(name, parameter, transposed=True, on_change=self._record_edit)
+
+
+def _block_weights(block: Any) -> dict[str, Any]:
+    return fused_qkv(block.attn.in_proj_weight) | {
+        "out": block.attn.out_proj.weight,
+        "up": block.mlp.c_fc.weight,
+        "down": block.mlp.c_proj.weight,
+    }
+
+
+def _pool_type(text: Any) -> str:
+    return str(getattr(text, "text_pool_type", None) or getattr(text, "pool_type", ""))
+
+
+def _eos_id(text: Any) -> int:
+    return text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
+
+
+def _is_causal(text: Any) -> bool:
+    """Whether a text tower is a causal transformer read at its end mark."""
+    mask = getattr(text, "attn_mask", None)
+    return mask is not None and getattr(text, "cls_emb", None) is None and _pool_type(text) in ("argmax", "eos")
+
+
+@torch.no_grad()
+def _output_width(visual: Any, transform: ImageTransform) -> int:
+    return visual(torch.zeros(1, 3, *transform.crop)).shape[-1]
+
+
+def image_transform(model: nn.Module) -> ImageTransform:
+    """The evaluation transform that an open_clip model asks for."""
+    config = open_clip.get_model_preprocess_cfg(model)
+    size = config["size"]
+    crop = (size, size) if isinstance(size, int) else tuple(size)
+    squash = config.get("resize_mode") == "squash"
+    return ImageTransform(
+        crop=crop,
+        resize=None if squash else max(crop),
+        **{key: tuple(config[key]) for key in ("mean", "std") if key in config},
+        interpolation=config.get("interpolation", "bicubic"),
+    )
+
+
+def load_open_clip(name: str, *, spec: str) -> OpenCLIPBackbone:
+    """Load "ARCHITECTURE/TAG", "ARCHITECTURE" (random weights) or "local-dir:FOLDER".
+
+    Raises:
+        UsageError: an unknown architecture or tag, with the nearest known ones.
+        MissingDataError: weights that cannot be fetched or a folder that is not there.
+    """
+    local = name.startswith(("local-dir:", "hf-hub:"))
+    architecture, _, tag = (name, "", "") if local else name.partition("/")
+    if not local:
+        _check_names(architecture, tag)
+        if not tag:
+            log.warning("%s: no weights named, so they are random and scores mean nothing.", spec)
+    try:
+        model = open_clip.create_model(architecture, pretrained=tag or None, load_weights=local or bool(tag))
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:
+        raise MissingDataError(
+            f"The weights of {spec!r} could not be loaded ({type(error).__name__}: {str(error)[:200]}). Without a "
+            "network use 'tiny', or a folder saved before: 'open_clip:local-dir:/path'."
+        ) from error
+    return OpenCLIPBackbone(model, tokenizer, image_transform(model), spec=spec)
+
+
+def _check_names(architecture: str, tag: str) -> None:
+    if architecture not in open_clip.list_models():
+        raise unknown_name("open_clip architecture", architecture, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag and tag not in tags:
+        raise unknown_name(f"weights for open_clip {architecture}", tag, tags or ["none"])

@@ -1,0 +1,88 @@
+"""The command `ood`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ood_core import __version__
+from ood_core.cli import commands
+from ood_core.cli.common import (
+    add_backbone_arguments,
+    add_command,
+    add_detector_arguments,
+    add_extraction_arguments,
+    run,
+)
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ood` and return its exit code."""
+    return run(_parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ood",
+        description="Out-of-distribution detection with vision foundation models. "
+        "A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a column path) or "
+        "FILE.parquet[:split].",
+    )
+    parser.add_argument("--version", action="version", version=f"ood-core {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = add_command(verbs, "demo", commands.demo, "write image folders, score them with every detector, report")
+    demo.add_argument("--out", metavar="DIR", default="demo", help="folder to write (default: demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    add_backbone_arguments(demo)
+    demo.add_argument("--json", action="store_true", help="print results.json instead of the table")
+
+    listing = add_command(verbs, "list", commands.list_names, "list detectors and backbones")
+    listing.add_argument("--json", action="store_true")
+
+    doctor = add_command(
+        verbs, "doctor", commands.doctor, "say what is installed, which devices there are, what would help"
+    )
+    doctor.add_argument("--json", action="store_true")
+
+    extract = add_command(verbs, "extract", commands.extract, "compute features once and keep them")
+    extract.add_argument("source", metavar="SOURCE")
+    extract.add_argument("--needs", default="image,local", help="of image, local, logits (default: image,local)")
+    add_backbone_arguments(extract)
+    add_extraction_arguments(extract)
+    extract.set_defaults(cache_required=True)
+
+    score = add_command(verbs, "score", commands.score, "score images")
+    score.add_argument("source", metavar="SOURCE")
+    add_detector_arguments(score)
+    score.add_argument("--out", metavar="FILE.parquet", help="score table to write")
+    score.add_argument("--json", action="store_true", help="print one JSON list of rows")
+
+    evaluate = add_command(verbs, "evaluate", commands.evaluate, "judge detectors on ID and OOD sets")
+    add_detector_arguments(evaluate)
+    evaluate.add_argument("--id", metavar="SOURCE", required=True, help="ID test images")
+    evaluate.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=True)
+    evaluate.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
+    evaluate.add_argument(
+        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
+    )
+    evaluate.add_argument("--bootstrap", type=int, default=0, metavar="N", help="replicates for 95 %% intervals")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--out", metavar="DIR", required=True)
+    evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
+
+    calibrate = add_command(
+        verbs, "calibrate", commands.calibrate, "fit if needed, set the threshold, save the detector"
+    )
+    add_detector_arguments(calibrate)
+    calibrate.add_argument("--id", metavar="SOURCE", required=True, help="held-out ID images")
+    calibrate.add_argument("--tpr", type=float, default=0.95, help="share of ID images to accept (default: 0.95)")
+    calibrate.add_argument("--out", metavar="DIR", required=True)
+
+    report = add_command(
+        verbs, "report", commands.report, "write report.html again from results.json and scores.parquet"
+    )
+    report.add_argument("folder", metavar="DIR")
+    return parser

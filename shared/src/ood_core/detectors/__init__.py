@@ -1,0 +1,101 @@
+"""Detectors by name: those of this package and those that installed packages add.
+
+A package adds one with an entry point in the group `ood.detectors`: `name = "package.module:Class"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from ood_core.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from ood_core.backbones.base import Backbone
+    from ood_core.detectors.base import Detector
+
+__all__ = ["broken_detectors", "create_detector", "detector_class", "list_detectors"]
+
+
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="ood.detectors")}
+
+
+def list_detectors() -> list[str]:
+    """Names that `create_detector` takes, from all installed packages, sorted.
+
+    Example:
+        >>> "mcm" in list_detectors()
+        True
+    """
+    return sorted(_entry_points())
+
+
+def broken_detectors() -> dict[str, str]:
+    """Detectors whose package cannot be imported, with the error of each."""
+    broken = {}
+    for name, entry in _entry_points().items():
+        try:
+            entry.load()
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {error}"
+    return broken
+
+
+def detector_class(name: str) -> type[Detector]:
+    """The class registered under a name.
+
+    Raises:
+        UsageError: an unknown name, or one whose package cannot be imported.
+    """
+    if name == "fusion":  # made from members, so not created by name, but loaded like the others
+        from ood_core.fusion import Fusion
+
+        return Fusion
+    if name not in _entry_points():
+        raise unknown_name("detector", name, list_detectors())
+    entry = _entry_points()[name]
+    try:
+        return entry.load()
+    except Exception as error:
+        raise UsageError(f"Detector {name!r} ({entry.value}) cannot be imported: {error}") from error
+
+
+def create_detector(
+    name: str,
+    *,
+    backbone: Backbone | str | None = None,
+    class_names: Sequence[str] | None = None,
+    template: str | Sequence[str] | None = None,
+    **options: Any,
+) -> Detector:
+    """Make a detector.
+
+    Args:
+        name: of `list_detectors()`.
+        backbone: a backbone or its spec; None for a detector that only sees features.
+        class_names: the known classes; zero-shot detectors need them, others take them from the labels they fit on.
+        template: prompt with "{}" for the class name, or several to average; None is the method's own.
+        **options: the method's (see `get_params`).
+
+    Returns:
+        The detector, ready to score if it needs no training, else ready to `fit`.
+
+    Raises:
+        UsageError: an unknown name or option, or a backbone without what the detector needs.
+
+    Example:
+        >>> create_detector("mcm", backbone="tiny", class_names=["dog", "cat"]).needs
+        frozenset({'image'})
+    """
+    kind = detector_class(name)
+    known = kind._option_names()
+    if unknown := [option for option in options if option not in known]:
+        raise unknown_name(f"option of {name!r}", unknown[0], known or ["none"])
+    detector = kind(class_names=class_names, template=template, **options)
+    if backbone is not None:
+        detector._set_backbone(backbone)
+    return detector

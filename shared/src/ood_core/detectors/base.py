@@ -1,0 +1,423 @@
+"""What every detector shares: labels, calibration, p-values, saving and loading.
+
+A detector stores; the equations are in `functional`. Higher score = more in-distribution, everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ood_core._files import write_atomically, write_json
+from ood_core.backbones import create_backbone
+from ood_core.backbones.base import Backbone
+from ood_core.data.sources import ImageSource
+from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
+from ood_core.features import FeatureSet, extract
+
+__all__ = ["Detector", "Scorable"]
+
+log = logging.getLogger(__name__)
+
+Scorable = Any
+"""Scores (tensor, array or list of numbers), a `FeatureSet`, or images (source, folder, PIL images)."""
+
+# Fewer calibration images than this say nothing about a 5 % tail.
+_LEAST_CALIBRATION = 20
+
+
+class Detector(ABC):
+    """Base of all detectors.
+
+    Subclasses name what they `need` from a backbone, take their options as keyword arguments of `__init__` (stored
+    under the same names) and implement `_score`; those that learn something implement `_fit` and keep tensors in
+    `self.state`, which is saved with them.
+
+    Attributes:
+        name: the name in the registry.
+        capabilities: what it needs of a backbone in any configuration.
+        fit_options: options that `fit` depends on.
+        class_names: the known classes, in the order of logits; empty until known.
+        state: named tensors, saved as safetensors.
+        threshold: scores below it are OOD; None before `calibrate`.
+
+    Example:
+        >>> detector = create_detector("knn", backbone="tiny").fit(train).calibrate(val)  # doctest: +SKIP
+        >>> detector.is_ood(test)  # doctest: +SKIP
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[frozenset[str]] = frozenset({"image"})
+    fit_options: ClassVar[frozenset[str]] = frozenset()
+    default_template: ClassVar[str] = "a photo of a {}"
+    remedy: ClassVar[str] = "call fit(features) with ID images first"
+    chunk: ClassVar[int] = 512
+
+    def __init__(
+        self,
+        *,
+        class_names: Sequence[str] | None = None,
+        template: str | Sequence[str] | None = None,
+    ) -> None:
+        if isinstance(class_names, str):
+            raise TypeError(f"class_names must be a list of names, got the string {class_names!r}.")
+        self._backbone: Backbone | None = None
+        self._backbone_record: dict[str, str] = {}
+        self.class_names = list(class_names or [])
+        self.template = template
+        self.state: dict[str, Tensor] = {}
+        self.threshold: float | None = None
+        self.tpr: float | None = None
+        self._calibration: Tensor | None = None
+
+    # ---- what a subclass provides
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Features it reads, of "image", "local", "logits"."""
+        return frozenset({"image"})
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it can score."""
+        return bool(self.state)
+
+    @abstractmethod
+    def _score(self, features: FeatureSet) -> Tensor:
+        """Scores [N] of a chunk of features."""
+
+    def _fit(self, features: FeatureSet) -> None:  # noqa: B027
+        """Learn from features; nothing to do for training-free detectors."""
+
+    def _attach(self, backbone: Backbone) -> None:
+        """Check capabilities and take what is needed from a new backbone."""
+        backbone.require(*self.capabilities, *self.needs)
+
+    # ---- backbone
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The backbone, loaded when first asked for; None if the detector was made without one."""
+        if self._backbone is None and self._backbone_record:
+            self._set_backbone(create_backbone(self._backbone_record["spec"]))
+        return self._backbone
+
+    def _set_backbone(self, backbone: Backbone | str) -> None:
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone)
+        expected = self._backbone_record.get("fingerprint")
+        if expected and expected != backbone.fingerprint:
+            raise UsageError(
+                f"Detector {self.name!r} was made with backbone {self._backbone_record['spec']!r} "
+                f"({expected[:12]}), not with {backbone.spec!r} ({backbone.fingerprint[:12]}). Fit it again."
+            )
+        self._attach(backbone)
+        self._backbone = backbone
+        self._backbone_record = {"spec": backbone.spec, "fingerprint": backbone.fingerprint}
+
+    def _check_features(self, features: FeatureSet) -> None:
+        if not isinstance(features, FeatureSet):
+            raise TypeError(f"{self.name!r} takes a FeatureSet (see `extract`), got {type(features).__name__}.")
+        if not len(features):
+            raise DataError(f"{self.name!r} got an empty FeatureSet.")
+        absent = [need for need in sorted(self.needs) if getattr(features, need) is None]
+        if absent:
+            raise UsageError(
+                f"{self.name!r} needs {' and '.join(map(repr, sorted(self.needs)))} features; these have no "
+                f"{absent[0]!r}. Extract with needs={sorted(self.needs)}."
+            )
+        expected = self._backbone_record.get("fingerprint")
+        if expected and features.fingerprint and expected != features.fingerprint:
+            raise UsageError(
+                f"These features are of backbone {features.backbone!r} ({features.fingerprint[:12]}), the detector "
+                f"is of {self._backbone_record['spec']!r} ({expected[:12]}). Extract them again."
+            )
+
+    # ---- fitting and scoring
+
+    def fit(self, features: FeatureSet) -> Self:
+        """Learn from ID features; forgets an earlier calibration.
+
+        Args:
+            features: of the ID training images, with labels where the method needs them.
+
+        Returns:
+            self.
+
+        Raises:
+            UsageError: features that lack what the method needs, or of another backbone.
+            DataError: labels that are missing or unknown.
+        """
+        self._check_features(features)
+        self._fit(features)
+        if features.fingerprint and not self._backbone_record:
+            self._backbone_record = {"spec": features.backbone, "fingerprint": features.fingerprint}
+        self.threshold, self.tpr, self._calibration = None, None, None
+        return self
+
+    @torch.no_grad()
+    def score_features(self, features: FeatureSet) -> Tensor:
+        """Scores, float32 [N], higher = more in-distribution; an image's score never depends on the others.
+
+        Raises:
+            NotFittedError: before `fit`, for methods that need it.
+            UsageError: features that lack what the method needs, or of another backbone.
+        """
+        self._check_features(features)
+        if not self.fitted:
+            raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
+        starts = range(0, len(features), self.chunk)
+        return torch.cat([self._score(features[start : start + self.chunk]) for start in starts]).float().cpu()
+
+    def score(self, images: Any, **options: Any) -> Tensor:
+        """Scores of images, float32 [N].
+
+        Args:
+            images: an image source, folder, manifest, parquet file, a PIL image or a list of them.
+            **options: for `extract` (`batch_size`, `workers`, `cache`, ...).
+
+        Raises:
+            UsageError: the detector has no backbone.
+            ImageError: an image that cannot be decoded.
+        """
+        return self.score_features(self._extract(images, **options))
+
+    def _extract(self, images: Any, **options: Any) -> FeatureSet:
+        if self.backbone is None:
+            raise UsageError(f"{self.name!r} has no backbone to read images with: pass backbone= when creating it.")
+        images = [images] if isinstance(images, Image.Image) else images
+        return extract(self.backbone, images, needs=self.needs, **options)
+
+    def _scores(self, data: Scorable) -> Tensor:
+        """Scores of whatever was given: scores themselves, features or images."""
+        if isinstance(data, FeatureSet):
+            return self.score_features(data)
+        if isinstance(data, ImageSource | str | Path | Image.Image) or _is_image_list(data):
+            return self.score(data)
+        scores = torch.as_tensor(np.asarray(data) if not isinstance(data, Tensor) else data).float().cpu()
+        if scores.ndim != 1 or not len(scores):
+            raise ValueError(f"Scores must be a non-empty vector, got shape {list(scores.shape)}.")
+        if scores.isnan().any():
+            raise ValueError(f"Scores hold NaN ({int(scores.isnan().sum())} of {len(scores)}).")
+        return scores
+
+    # ---- decisions
+
+    def calibrate(self, id_scores: Scorable, tpr: float = 0.95) -> Self:
+        """Set the threshold that keeps a share `tpr` of ID images.
+
+        Args:
+            id_scores: scores, features or images of at least 20 ID images that were not used for fitting.
+            tpr: share of ID images to accept, in (0, 1].
+
+        Returns:
+            self, with `threshold` = the highest value that accepts at least `tpr` of them.
+
+        Raises:
+            ValueError: fewer than 20 scores, NaN, or `tpr` out of range.
+        """
+        if not 0 < tpr <= 1:
+            raise ValueError(f"tpr={tpr} must lie in (0, 1].")
+        scores = self._scores(id_scores)
+        if len(scores) < _LEAST_CALIBRATION:
+            raise DataError(
+                f"{len(scores)} calibration images are too few: give at least {_LEAST_CALIBRATION} ID images."
+            )
+        ordered = scores.sort().values
+        accepted = int(np.ceil(tpr * len(ordered) - 1e-9))
+        self._calibration, self.tpr = ordered, float(tpr)
+        self.threshold = float(ordered[len(ordered) - accepted])
+        return self
+
+    def is_ood(self, data: Scorable) -> Tensor:
+        """Decisions, bool [N]: True where the score is below the threshold.
+
+        Args:
+            data: scores, features or images.
+
+        Raises:
+            NotFittedError: before `calibrate`.
+        """
+        return self._scores(data) < self._calibrated(self.threshold)
+
+    def p_value(self, data: Scorable) -> Tensor:
+        """Conformal p-values [N] in (0, 1]: (1 + calibration scores at or below the score) / (n + 1).
+
+        Of ID images exchangeable with the calibration images at most a share `a` has a p-value of `a` or less.
+
+        Args:
+            data: scores, features or images.
+
+        Raises:
+            NotFittedError: before `calibrate`.
+        """
+        ordered = self._calibrated(self._calibration)
+        below = torch.searchsorted(ordered, self._scores(data), right=True)
+        return (1 + below).float() / (len(ordered) + 1)
+
+    def _calibrated(self, value: Any) -> Any:
+        if value is None:
+            raise NotFittedError(f"{self.name!r} has not been calibrated: call calibrate(id_features) first.")
+        return value
+
+    # ---- labels
+
+    def _class_labels(self, features: FeatureSet) -> Tensor:
+        """Labels as indices into `class_names`, matched by name; takes the names over if none are set."""
+        if features.labels is None:
+            raise DataError(f"{self.name!r} needs labelled images to fit; these have no labels.")
+        if not self.class_names:
+            self.class_names = list(features.label_names)
+        known = {_plain(name): index for index, name in enumerate(self.class_names)}
+        used = [features.label_names[i] for i in sorted(set(features.labels.tolist()) - {-1})]
+        if unknown := [name for name in used if _plain(name) not in known]:
+            raise DataError(
+                f"Labels {unknown[:5]} are not among the detector's {len(known)} class names ({self.class_names[:5]}"
+                " ...). Give class_names that match the labels."
+            )
+        if (features.labels < 0).any():
+            raise DataError(f"{int((features.labels < 0).sum())} of the images to fit on have no label.")
+        table = torch.tensor([known.get(_plain(name), -1) for name in features.label_names])
+        return table[features.labels]
+
+    # ---- parameters
+
+    @classmethod
+    def _option_names(cls) -> list[str]:
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in _COMMON]
+
+    def get_params(self) -> dict[str, Any]:
+        """The method's options by name."""
+        return {name: getattr(self, name) for name in self._option_names()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change options; the calibration is dropped, and the fitted state if it depended on them.
+
+        Raises:
+            UsageError: an unknown option.
+        """
+        current = self.get_params()
+        for name in params:
+            if name not in current:
+                raise unknown_name(f"option of {self.name!r}", name, current)
+        made = type(self)(**{**current, **params})
+        for name in params:
+            setattr(self, name, getattr(made, name))
+        if self.fit_options & set(params):
+            self.state = {}
+            if self._backbone is not None:
+                self._attach(self._backbone)
+        self.threshold, self.tpr, self._calibration = None, None, None
+        return self
+
+    # ---- storage
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` (atomic, no pickle)."""
+        folder = Path(folder)
+        tensors = {f"state.{name}": value.contiguous() for name, value in self.state.items()}
+        if self._calibration is not None:
+            tensors["calibration"] = self._calibration
+        config = {
+            "schema": 1,
+            "detector": self.name,
+            "params": self.get_params(),
+            "class_names": self.class_names,
+            "template": self.template,
+            "backbone": self._backbone_record,
+            "threshold": self.threshold,
+            "tpr": self.tpr,
+        }
+        write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
+        write_json(folder / "config.json", config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, backbone: Backbone | str | None = None) -> Self:
+        """Load a saved detector of any kind.
+
+        Args:
+            folder: what `save_pretrained` wrote, or the name of such a repository on the Hugging Face hub.
+            backbone: one that is loaded already; otherwise the recorded one is loaded when images are scored.
+
+        Raises:
+            MissingDataError: no such folder or repository.
+            DataError: files that are not a saved detector.
+            UsageError: a backbone with another fingerprint, or a detector of another class.
+        """
+        from ood_core.detectors import detector_class
+
+        path = _local_folder(folder)
+        config, tensors = _read_saved(path)
+        kind = detector_class(config["detector"])
+        if not issubclass(kind, cls):
+            raise UsageError(f"{path} holds a {config['detector']!r} detector, not a {cls.__name__}.")
+        made = kind._empty(path, config)
+        made.state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+        made._calibration = tensors.get("calibration")
+        made.threshold, made.tpr = config["threshold"], config["tpr"]
+        made._backbone_record = config["backbone"]
+        if backbone is not None:
+            made._set_backbone(backbone)
+        return made
+
+    @classmethod
+    def _empty(cls, path: Path, config: dict[str, Any]) -> Self:
+        """A detector of the recorded options, before its tensors are put in."""
+        return cls(class_names=config["class_names"], template=config["template"], **config["params"])
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.get_params().items())
+        return f"{type(self).__name__}({options})"
+
+
+# Parameters of every detector's __init__ that are no options of its method.
+_COMMON = ("self", "class_names", "template", "common")
+
+
+def _plain(name: str) -> str:
+    return str(name).replace("_", " ").strip()
+
+
+def _is_image_list(data: Any) -> bool:
+    return isinstance(data, list | tuple) and bool(data) and isinstance(data[0], Image.Image)
+
+
+def _local_folder(folder: str | Path) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(folder), allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:
+        raise MissingDataError(
+            f"{folder} is no folder with a saved detector, and no repository of that name could be fetched "
+            f"({type(error).__name__})."
+        ) from error
+
+
+def _read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise MissingDataError(f"{path} holds no saved detector: {name} is missing.")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "model.safetensors")
+    except Exception as error:
+        raise DataError(f"{path} holds no readable detector ({type(error).__name__}: {error}).") from error
+    wanted = {"schema", "detector", "params", "class_names", "template", "backbone", "threshold", "tpr"}
+    if not isinstance(config, dict) or (missing := wanted - set(config)):
+        raise DataError(f"{path / 'config.json'} is not of a saved detector: it lacks {sorted(missing)}.")
+    return config, tensors

@@ -1,0 +1,131 @@
+"""Detectors that compare features with those of ID training images: kNN, Mahalanobis, ViM."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ood_core import _check, functional
+from ood_core.detectors.base import Detector
+from ood_core.detectors.logits import LogitDetector
+from ood_core.errors import DataError, UsageError
+from ood_core.features import FeatureSet
+
+__all__ = ["KNN", "Mahalanobis", "ViM"]
+
+log = logging.getLogger(__name__)
+
+
+class KNN(Detector):
+    """Minus the distance to the k-th nearest ID training feature.
+
+    Args:
+        k: rank of the neighbour; a smaller bank uses its farthest entry and says so.
+        **common: see `create_detector`.
+    """
+
+    name = "knn"
+
+    def __init__(self, *, k: int = 50, **common: Any) -> None:
+        super().__init__(**common)
+        self.k = _check.integer("k", k, 1, 2**31)
+
+    def _fit(self, features: FeatureSet) -> None:
+        self.state = {"bank": features.image.clone()}
+        if len(features) < self.k:
+            log.warning("knn: k=%d is more than the bank's %d images, which is used instead.", self.k, len(features))
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        bank = self.state["bank"].to(features.image.device)
+        return functional.knn(features.image, bank, k=min(self.k, len(bank)))
+
+
+class Mahalanobis(Detector):
+    """Minus the Mahalanobis distance to the nearest class mean, with one covariance for all classes.
+
+    Args:
+        shrinkage: "ledoit_wolf" (a share of the identity chosen from the data, right for few images), or a share
+            in [0, 1].
+        **common: see `create_detector`.
+    """
+
+    name = "mahalanobis"
+    fit_options = frozenset({"shrinkage"})
+
+    def __init__(self, *, shrinkage: str | float = "ledoit_wolf", **common: Any) -> None:
+        super().__init__(**common)
+        if shrinkage != "ledoit_wolf" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
+            raise ValueError(f"shrinkage={shrinkage!r} must be 'ledoit_wolf' or a share in [0, 1].")
+        self.shrinkage = shrinkage
+
+    def _fit(self, features: FeatureSet) -> None:
+        from sklearn.covariance import LedoitWolf, ShrunkCovariance
+
+        labels, x = self._class_labels(features), features.image.double()
+        present = labels.unique()
+        means = torch.stack([x[labels == label].mean(0) for label in present])
+        centred = (x - means[torch.searchsorted(present, labels)]).numpy()
+        adaptive = self.shrinkage == "ledoit_wolf"
+        estimator = LedoitWolf if adaptive else ShrunkCovariance
+        options = {} if adaptive else {"shrinkage": self.shrinkage}
+        precision = estimator(assume_centered=True, **options).fit(centred).get_precision()
+        self.state = {"means": means, "precision": torch.from_numpy(precision)}
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        means, precision = (self.state[name].to(features.image.device) for name in ("means", "precision"))
+        return functional.mahalanobis(features.image.double(), means, precision)
+
+
+class ViM(LogitDetector):
+    """Virtual-logit matching.
+
+    Args:
+        dimension: of the principal space; None: 512 for features of 768 and more, 1000 from 2048 on, else half.
+        head: "auto", "zero_shot" or "probe", see `LogitDetector`.
+        probe_c: see `LogitDetector`.
+        **common: see `create_detector`.
+    """
+
+    name = "vim"
+    fit_options = LogitDetector.fit_options | {"dimension"}
+
+    def __init__(
+        self, *, dimension: int | None = None, head: str = "auto", probe_c: float = 10.0, **common: Any
+    ) -> None:
+        super().__init__(head=head, probe_c=probe_c, **common)
+        if head == "classifier":
+            raise UsageError("'vim' needs the head's weights: use head='zero_shot' or head='probe'.")
+        self.dimension = dimension if dimension is None else _check.integer("dimension", dimension, 1, 2**31)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the residual space is known."""
+        return "null_space" in self.state
+
+    def _choose(self, backbone: Any) -> str:
+        return "zero_shot" if "text" in backbone.capabilities and self.class_names else "probe"
+
+    def _fit(self, features: FeatureSet) -> None:
+        super()._fit(features)
+        if "weight" not in self.state:
+            raise UsageError("'vim' with head='zero_shot' takes its logits from a backbone: create it with backbone=.")
+        x, width = features.image.double(), features.image.shape[1]
+        dimension = self.dimension or (1000 if width >= 2048 else 512 if width >= 768 else width // 2)
+        if dimension >= width:
+            raise UsageError(f"dimension={dimension} leaves no residual space of {width}-dimensional features.")
+        origin = -torch.linalg.pinv(self.state["weight"].double()) @ self.state["bias"].double()
+        _, vectors = torch.linalg.eigh((x - origin).T @ (x - origin) / len(x))
+        null_space = vectors[:, : width - dimension].contiguous()
+        residual = ((x - origin) @ null_space).norm(dim=-1).mean()
+        if not residual > 0:
+            raise DataError(f"{len(x)} images leave no residual: give more, or a smaller dimension than {dimension}.")
+        alpha = (self.logits(features).amax(-1).double().mean() / residual).clamp(min=1e-12)
+        self.state |= {"origin": origin, "null_space": null_space, "alpha": alpha}
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        origin, null_space = (self.state[name].to(features.image.device) for name in ("origin", "null_space"))
+        logits, alpha = self.logits(features).double(), float(self.state["alpha"])
+        return functional.vim(features.image.double(), logits, origin, null_space, alpha=alpha)

@@ -1,0 +1,342 @@
+"""The one loop that scores: detectors on an ID test set and OOD sets, to metrics, tables and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ood_core._files import write_json
+from ood_core.backbones.base import Backbone
+from ood_core.data import open_source
+from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import Detector
+from ood_core.errors import DataError, NotFittedError, UsageError
+from ood_core.features import FeatureSet, extract
+from ood_core.metrics import OODMetrics, evaluate_scores
+from ood_core.scores import ScoreTable
+
+__all__ = ["Evaluation", "calibrate_detectors", "environment", "evaluate", "fit_detectors", "score"]
+
+Data = Any
+"""An image source, folder, manifest, parquet file, list of PIL images, or features extracted already."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        results: figures as fractions, environment and data, as written to results.json.
+        scores: one row per image, one column per detector.
+        metrics: detector name -> its `OODMetrics`.
+    """
+
+    results: dict[str, Any]
+    scores: ScoreTable
+    metrics: dict[str, OODMetrics]
+    open_image: Callable[[str, str], Image.Image | None] = field(repr=False, default=lambda *_: None)
+
+    def to_frame(self) -> Any:
+        """One row per detector and OOD set ("mean" included), metrics as fractions."""
+        import pandas as pd
+
+        frames = {name: metrics.to_frame() for name, metrics in self.metrics.items()}
+        return pd.concat(frames, names=["detector"])
+
+    def table(self) -> Any:
+        """A rich table: AUROC and FPR95 in percent, averages first."""
+        from rich.table import Table
+
+        sets = list(self.results["data"]["ood"])
+        table = Table(title=f"AUROC / FPR95 in percent ({self.results['data']['convention']})", title_justify="left")
+        table.add_column("detector")
+        for name in ("average", *sets):
+            table.add_column(name, justify="right")
+        figures = self.results["detectors"].items()
+        for name, figure in sorted(figures, key=lambda item: -item[1]["average"]["auroc"]):
+            cells = [figure["average"], *(figure["per_set"][source] for source in sets)]
+            table.add_row(name, *(f"{100 * c['auroc']:.1f} / {100 * c['fpr95']:.1f}" for c in cells))
+        return table
+
+    def write(self, folder: str | Path) -> Path:
+        """Write results.json, scores.parquet and report.html.
+
+        Returns:
+            The folder.
+        """
+        from ood_core.report import write_report
+
+        folder = Path(folder)
+        self.scores.write(folder / "scores.parquet")
+        write_json(folder / "results.json", self.results)
+        write_report(folder / "report.html", self.results, self.scores.frame, self.open_image)
+        return folder
+
+
+def evaluate(
+    detectors: Detector | Sequence[Detector] | Mapping[str, Detector],
+    *,
+    id: Data,
+    ood: Mapping[str, Data],
+    fit: Data | None = None,
+    calibrate: Data | None = None,
+    convention: str = "standard",
+    bootstrap: int = 0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    set_kinds: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    **extraction: Any,
+) -> Evaluation:
+    """Score an ID test set and OOD sets with detectors, images encoded once for all of them.
+
+    Args:
+        detectors: one, several, or by name.
+        id: the ID test set.
+        ood: name -> OOD set ("id" is taken).
+        fit: labelled ID training images for detectors that are not fitted yet.
+        calibrate: held-out ID images that set every detector's threshold.
+        convention: of the FPR, see `metrics.fpr_at_tpr`.
+        bootstrap: replicates for 95 % intervals; 0 for none.
+        seed: of the bootstrap.
+        out: folder for results.json, scores.parquet and report.html.
+        set_kinds: OOD set -> "near" or "far", for the report.
+        notes: sentences that belong to the results, for the report.
+        **extraction: for `extract`: `cache`, `on_error`, `batch_size`, `workers`, `progress`.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        UsageError: no OOD set, a set named "id", or features a detector cannot read.
+        NotFittedError: a detector that needs training, without `fit`.
+        DataError: no detector, or a set of which no image can be decoded.
+
+    Example:
+        >>> evaluate(detector, id="test/", ood={"textures": "dtd/"}, out="results/")  # doctest: +SKIP
+    """
+    named = _by_name(detectors)
+    sets = {"id": id, **ood}
+    if not ood or len(sets) != len(ood) + 1:
+        raise UsageError("Give at least one OOD set as ood={name: images}; the name 'id' is the ID test set's.")
+    started = time.monotonic()
+    fit_detectors(named, fit, **extraction)
+    if calibrate is not None:
+        calibrate_detectors(named, calibrate, **extraction)
+    tables, described = [], {}
+    for name, data in sets.items():
+        table, described[name] = score(named, data, source=name, **extraction)
+        tables.append(table)
+    scores = ScoreTable.concatenate(tables)
+    metrics = {
+        name: evaluate_scores(
+            scores.scores(name, "id"),
+            {source: scores.scores(name, source) for source in ood},
+            convention=convention,
+            bootstrap=bootstrap,
+            seed=seed,
+        )
+        for name in named
+    }
+    results = {
+        "schema": 1,
+        "detectors": {name: _figures(named[name], metrics[name], scores) for name in named},
+        "environment": environment(named.values()) | {"seconds": round(time.monotonic() - started, 2), "seed": seed},
+        "data": {
+            "id": described.pop("id"),
+            "ood": described,
+            "fit": _describe_data(fit),
+            "calibration": _describe_data(calibrate),
+            "convention": convention,
+            "bootstrap": bootstrap,
+            "set_kinds": dict(set_kinds or {}),
+            "notes": list(notes),
+        },
+    }
+    found = Evaluation(results, scores, metrics, _image_opener(sets))
+    if out is not None:
+        found.write(out)
+    return found
+
+
+def score(
+    detectors: Mapping[str, Detector], data: Data, *, source: str = "id", **extraction: Any
+) -> tuple[ScoreTable, dict[str, Any]]:
+    """Score one set with several detectors, images encoded once per backbone.
+
+    Args:
+        detectors: by name.
+        data: the images or their features.
+        source: name of the set in the table.
+        **extraction: for `extract`.
+
+    Returns:
+        The table, and what the set held: images scored, failures, fingerprint.
+    """
+    tables: list[ScoreTable] = []
+    for group, features in _features_per_backbone(detectors, data, extraction):
+        scores = {name: detector.score_features(features).numpy() for name, detector in group.items()}
+        tables.append(ScoreTable.of(features, scores, source=source))
+    table = tables[0]
+    for other in tables[1:]:
+        table = table.join(other)
+    return table, {
+        "images": len(features) + len(features.failures),
+        "scored": len(features),
+        "failures": len(features.failures),
+        "fingerprint": features.source,
+    }
+
+
+def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extraction: Any) -> None:
+    """Fit the detectors that need it, images encoded once per backbone.
+
+    Args:
+        detectors: by name; fitted ones are left as they are.
+        data: labelled ID images or features; None if there are none.
+        **extraction: for `extract`.
+
+    Raises:
+        NotFittedError: a detector needs training and `data` is None.
+    """
+    raw = {name: detector for name, detector in detectors.items() if not detector.fitted}
+    if raw and data is None:
+        raise NotFittedError(f"{', '.join(map(repr, raw))} must be fitted: give labelled ID images (fit=, --fit).")
+    for group, features in _features_per_backbone(raw, data, extraction) if raw else ():
+        for detector in group.values():
+            detector.fit(features)
+
+
+def calibrate_detectors(detectors: Mapping[str, Detector], data: Data, *, tpr: float = 0.95, **extraction: Any) -> None:
+    """Set every detector's threshold on held-out ID images, encoded once per backbone.
+
+    Args:
+        detectors: by name, fitted.
+        data: ID images or features.
+        tpr: share of them to accept.
+        **extraction: for `extract`.
+    """
+    for group, features in _features_per_backbone(detectors, data, extraction):
+        for detector in group.values():
+            detector.calibrate(features, tpr)
+
+
+def _by_name(detectors: Detector | Sequence[Detector] | Mapping[str, Detector]) -> dict[str, Detector]:
+    if isinstance(detectors, Detector):
+        detectors = [detectors]
+    if not isinstance(detectors, Mapping):
+        names = [detector.name for detector in detectors]
+        if doubled := {name for name in names if names.count(name) > 1}:
+            raise UsageError(f"Two detectors are named {doubled.pop()!r}: give a mapping of names to detectors.")
+        detectors = dict(zip(names, detectors, strict=True))
+    if not detectors:
+        raise DataError("There is no detector to evaluate.")
+    return dict(detectors)
+
+
+def _features_per_backbone(
+    detectors: Mapping[str, Detector], data: Data, extraction: dict[str, Any]
+) -> Iterator[tuple[dict[str, Detector], FeatureSet]]:
+    """Groups of detectors that share a backbone, with the features all of a group need."""
+    if isinstance(data, FeatureSet):
+        yield dict(detectors), data
+        return
+    groups: dict[str, tuple[Backbone, dict[str, Detector]]] = {}
+    for name, detector in detectors.items():
+        if (backbone := detector.backbone) is None:
+            raise UsageError(f"{name!r} has no backbone to read images with: pass backbone= when creating it.")
+        groups.setdefault(f"{backbone.fingerprint} {backbone.dtype}", (backbone, {}))[1][name] = detector
+    source = open_source(data)
+    for backbone, group in groups.values():
+        needs = frozenset[str]().union(*(detector.needs for detector in group.values()))
+        yield group, extract(backbone, source, needs=needs, **extraction)
+
+
+def _figures(detector: Detector, metrics: OODMetrics, scores: ScoreTable) -> dict[str, Any]:
+    content = metrics.to_dict()
+    figures = {
+        "average": content["average"],
+        "per_set": content["per_set"],
+        "params": detector.get_params(),
+        "template": detector.template,
+        "prompt_hash": _prompt_hash(detector),
+    }
+    if detector.threshold is not None:
+        figures |= {"threshold": detector.threshold, "tpr": detector.tpr}
+        figures["id_accepted"] = float((scores.scores(detector.name, "id") >= detector.threshold).mean())
+    return figures
+
+
+def _prompt_hash(detector: Detector) -> str | None:
+    if not detector.class_names:
+        return None
+    return hashlib.sha256(json.dumps([detector.template, detector.class_names]).encode()).hexdigest()[:16]
+
+
+def environment(detectors: Iterable[Detector] = ()) -> dict[str, Any]:
+    """Versions, hardware and backbones, for results."""
+    names = ("ood-core", "ood-iim", "ood-setar", "ood-hvl", "ood-mofe", "torch", "open-clip-torch", "timm", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {n: v for n in names if (v := _version(n))},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backbones": _backbones(detectors),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _backbones(detectors: Iterable[Detector]) -> list[dict[str, str]]:
+    found = {}
+    for detector in detectors:
+        if detector._backbone is not None:
+            backbone = detector._backbone
+            found[backbone.fingerprint] = {
+                "spec": backbone.spec,
+                "fingerprint": backbone.fingerprint,
+                "device": str(backbone.device),
+                "dtype": str(backbone.dtype).removeprefix("torch."),
+            }
+    return list(found.values())
+
+
+def _describe_data(data: Data | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    if isinstance(data, FeatureSet):
+        return {"images": len(data), "fingerprint": data.source}
+    source = open_source(data)
+    return {"images": len(source), "fingerprint": source.fingerprint}
+
+
+def _image_opener(sets: Mapping[str, Data]) -> Callable[[str, str], Image.Image | None]:
+    """(set, id) -> the image, for thumbnails; None where only features are at hand."""
+    sources: dict[str, tuple[ImageSource, dict[str, int]]] = {}
+
+    def open_image(name: str, image_id: str) -> Image.Image | None:
+        if isinstance(sets[name], FeatureSet):
+            return None
+        if name not in sources:
+            source = open_source(sets[name])
+            sources[name] = (source, {id: index for index, id in enumerate(source.ids)})
+        source, index = sources[name]
+        return source.open(index[image_id]) if image_id in index else None
+
+    return open_image

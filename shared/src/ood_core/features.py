@@ -1,0 +1,281 @@
+"""Features of an image source: extracted once, cached on disk, shared by every detector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ood_core._files import write_atomically, write_json
+from ood_core.backbones.base import FEATURES, Backbone
+from ood_core.data import load_batches, open_source
+from ood_core.data.sources import ImageSource
+from ood_core.errors import DataError, ImageError, UsageError
+
+__all__ = ["FeatureSet", "extract"]
+
+log = logging.getLogger(__name__)
+
+# Images per cache shard: what a killed run loses at most.
+_SHARD = 512
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images that could be decoded, and the record of those that could not.
+
+    Attributes:
+        ids: N image ids.
+        labels: int64 [N], index into `label_names`, -1 without a label; None for an unlabelled source.
+        label_names: names of the labels.
+        image: float32 [N, d] unit norm, or None.
+        local: float32 [N, P, d] unit norm in row-major order of `grid`, or None.
+        logits: float32 [N, C] of the backbone's classifier head, or None.
+        failures: (id, reason) of every image without features.
+        grid: patches (rows, columns).
+        backbone: spec of the backbone.
+        fingerprint: the backbone's.
+        source: fingerprint of the image source.
+
+    Example:
+        >>> features = FeatureSet(ids=["a", "b"], image=torch.eye(2))
+        >>> len(features), features[[1]].ids
+        (2, ['b'])
+    """
+
+    ids: list[str]
+    labels: Any = None  # tensors or None: a reader knows which it asked for
+    label_names: list[str] = field(default_factory=list)
+    image: Any = None
+    local: Any = None
+    logits: Any = None
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    grid: tuple[int, int] | None = None
+    backbone: str = ""
+    fingerprint: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("labels", *FEATURES):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.ids):
+                raise ValueError(f"{name} has {len(value)} rows for {len(self.ids)} ids.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, indices: slice | Sequence[int] | np.ndarray | Tensor) -> FeatureSet:
+        """The rows at `indices` (a slice, integers or a boolean mask); failures stay with the whole set.
+
+        Raises:
+            TypeError: a single integer (use a slice, rows keep their dimension).
+            IndexError: an index out of range.
+        """
+        if isinstance(indices, int):
+            raise TypeError(f"Use features[{indices}:{indices + 1}]: the result is a FeatureSet, not a row.")
+        rows = np.arange(len(self))[indices.numpy() if isinstance(indices, Tensor) else indices]
+        # A slice keeps tensors as views (of a memory map, too); other indices copy.
+        pick: Any = indices if isinstance(indices, slice) else torch.from_numpy(rows)
+        chosen = {name: getattr(self, name)[pick] for name in ("labels", *FEATURES) if getattr(self, name) is not None}
+        return replace(self, ids=[self.ids[row] for row in rows], failures=[], **chosen)
+
+    def has(self, needs: Collection[str]) -> bool:
+        """Whether every feature of `needs` is there."""
+        return all(getattr(self, name) is not None for name in needs)
+
+
+def extract(
+    backbone: Backbone,
+    source: ImageSource | str | Path | Sequence[Any],
+    needs: Collection[str] = frozenset({"image", "local"}),
+    cache: str | Path | None = None,
+    resume: bool = True,
+    on_error: str = "raise",
+    batch_size: int = 64,
+    workers: int = 0,
+    *,
+    local: str = "value",
+    progress: bool | None = None,
+) -> FeatureSet:
+    """Run a backbone over an image source, once for all detectors.
+
+    Args:
+        backbone: from `create_backbone`.
+        source: an image source, a folder, a manifest, "FILE.parquet[:split]" or a list of PIL images.
+        needs: of "image", "local", "logits".
+        cache: folder that keeps the features, under a key of everything they depend on; None keeps nothing.
+        resume: use what the cache holds; a killed run goes on where it stopped and ends bit-identical.
+        on_error: "raise" at the first image that cannot be decoded, or "record" it and go on.
+        batch_size: images per forward pass.
+        workers: processes that decode; 0 decodes in this one.
+        local: "value" or "tokens", see `Backbone.encode`.
+        progress: a bar on stderr; None shows it on a terminal only.
+
+    Returns:
+        A `FeatureSet` in the order of the source.
+
+    Raises:
+        ImageError: an undecodable image with `on_error="raise"`.
+        DataError: no image could be decoded.
+        UsageError: a need the backbone does not have, or an unknown `on_error`.
+
+    Example:
+        >>> features = extract(create_backbone("tiny"), "photos/", needs={"image"}, cache="cache/")  # doctest: +SKIP
+    """
+    if on_error not in ("raise", "record"):
+        raise UsageError(f"on_error={on_error!r} must be 'raise' or 'record'.")
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1.")
+    needs = backbone.check_needs(needs)
+    source = open_source(source)
+    folder = None if cache is None else _Cache(Path(cache), _describe(backbone, source, needs, local))
+    shards: dict[int, _Shard] = {}
+    count = -(-len(source) // _SHARD)
+    if folder is not None and resume:
+        shards = {i: shard for i in range(count) if (shard := folder.read(i)) is not None}
+    missing = [i for i in range(count) if i not in shards]
+    loading = {"on_error": on_error, "workers": workers, "progress": progress}
+    for i, shard in _compute(backbone, source, needs, local, missing, batch_size, **loading):
+        shards[i] = shard
+        if folder is not None:
+            folder.write(i, shard)
+    return _assemble(backbone, source, [shards[i] for i in range(count)], on_error)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Features of consecutive images of a source, and (index, reason) of those without."""
+
+    tensors: dict[str, Tensor]
+    failures: list[tuple[int, str]]
+
+
+def _describe(backbone: Backbone, source: ImageSource, needs: frozenset[str], local: str) -> dict[str, Any]:
+    """Everything the features depend on."""
+    return {
+        "backbone": backbone.spec,
+        "fingerprint": backbone.fingerprint,
+        "transform": backbone.transform.describe(),
+        "needs": sorted(needs),
+        "local": local if "local" in needs else None,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": backbone.device.type,
+        "source": source.fingerprint,
+        "images": len(source),
+        "shard": _SHARD,
+    }
+
+
+def _shard_range(shard: int, count: int) -> range:
+    return range(shard * _SHARD, min((shard + 1) * _SHARD, count))
+
+
+def _compute(
+    backbone: Backbone,
+    source: ImageSource,
+    needs: frozenset[str],
+    local: str,
+    missing: list[int],
+    batch_size: int,
+    **loading: Any,
+) -> Iterator[tuple[int, _Shard]]:
+    """Encode the missing shards; batches never straddle two, so a resumed run forms the same batches."""
+    batches = {i: _batches(_shard_range(i, len(source)), batch_size) for i in missing}
+    flat = [batch for group in batches.values() for batch in group]
+    loaded = iter(load_batches(source, backbone.transform, flat, **loading))
+    for i, group in batches.items():
+        failures: list[tuple[int, str]] = []
+        parts: list[dict[str, Tensor]] = []
+        for batch in islice(loaded, len(group)):
+            failures += batch.failures
+            if len(batch.pixels):
+                parts.append(backbone.encode(batch.pixels, needs, local=local))
+        tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in needs if parts}
+        yield i, _Shard(tensors, failures)
+
+
+def _batches(rows: range, size: int) -> list[list[int]]:
+    return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def _assemble(backbone: Backbone, source: ImageSource, shards: list[_Shard], on_error: str) -> FeatureSet:
+    failures = {index: reason for shard in shards for index, reason in shard.failures}
+    rows = [row for row in range(len(source)) if row not in failures]
+    if failures and on_error == "raise":
+        raise ImageError(next(iter(failures.values())))
+    if not rows:
+        raise DataError(f"None of the {len(source)} images could be decoded. The first: {failures[0]}")
+    filled = [shard.tensors for shard in shards if shard.tensors]
+    tensors = {name: _concatenate([part[name] for part in filled]) for name in filled[0]}
+    return FeatureSet(
+        ids=[source.ids[row] for row in rows],
+        labels=None if source.labels is None else torch.as_tensor(source.labels)[rows],
+        label_names=list(source.label_names),
+        failures=[(source.ids[index], reason) for index, reason in failures.items()],
+        grid=backbone.grid,
+        backbone=backbone.spec,
+        fingerprint=backbone.fingerprint,
+        source=source.fingerprint,
+        **tensors,
+    )
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """One shard stays as it is (a memory map, when it comes from the cache)."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Cache:
+    """The shards of one extraction: safetensors files and a manifest with their checksums."""
+
+    def __init__(self, root: Path, description: dict[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+        self.folder = root / key[:24]
+        self.manifest = self.folder / "manifest.json"
+        self.content: dict[str, Any] = {"schema": 1, "description": description, "shards": {}}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.manifest.exists():
+            self._load()
+
+    def _load(self) -> None:
+        try:
+            shards = json.loads(self.manifest.read_text())["shards"]
+            self.content["shards"] = {
+                index: {"sha256": entry["sha256"], "failures": [(int(i), str(why)) for i, why in entry["failures"]]}
+                for index, entry in shards.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.warning("%s is damaged: its shards are computed again.", self.manifest)
+
+    def read(self, index: int) -> _Shard | None:
+        """The shard, or None if it is absent or its bytes are not those that were written."""
+        entry = self.content["shards"].get(str(index))
+        path = self.folder / f"{index:05d}.safetensors"
+        if entry is None or not path.exists():
+            return None
+        if _checksum(path) != entry["sha256"]:
+            log.warning("%s does not match its checksum: it is computed again.", path)
+            return None
+        return _Shard(load_file(path), entry["failures"])
+
+    def write(self, index: int, shard: _Shard) -> None:
+        """Store the shard, then the manifest that vouches for it."""
+        path = self.folder / f"{index:05d}.safetensors"
+        write_atomically(path, lambda temporary: save_file(shard.tensors, temporary))
+        self.content["shards"][str(index)] = {"sha256": _checksum(path), "failures": shard.failures}
+        write_json(self.manifest, self.content)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

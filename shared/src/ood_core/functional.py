@@ -1,0 +1,369 @@
+"""Scores as pure functions on tensors: the reference implementations, higher = more in-distribution.
+
+`image`, `local`, `text`, `negatives`, `queries` and `bank` are unit-norm; logits are taken as they are. float64 stays
+float64, everything else is computed in float32. N images, P patches, C classes, M negatives, d width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ood_core import _check
+from ood_core.ops import topk_patch_softmax
+
+__all__ = [
+    "energy",
+    "gen",
+    "gl_mcm",
+    "gl_mcm_logits",
+    "knn",
+    "mahalanobis",
+    "max_logit",
+    "mcm",
+    "msp",
+    "r_mcm",
+    "vim",
+]
+
+
+def mcm(image: Tensor, text: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Maximum concept matching: the largest softmax probability of the cosines to the class texts.
+
+    Args:
+        image: [N, d] unit norm.
+        text: [C, d] unit norm.
+        temperature: divides the cosines, above 0.
+
+    Returns:
+        [N] in [1/C, 1].
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, `temperature` not above 0.
+
+    Source: Ming et al., "Delving into out-of-distribution detection with vision-language representations", NeurIPS
+    2022, Eq. 1-2.
+
+    Example:
+        >>> mcm(torch.tensor([[1.0, 0.0]]), torch.eye(2)).round(decimals=4)
+        tensor([0.7311])
+    """
+    image, text = _check.tensors(image=(image, "N d"), text=(text, "C d"))
+    return msp(image @ text.T, temperature=temperature)
+
+
+def gl_mcm(
+    image: Tensor, local: Tensor, text: Tensor, *, temperature: float = 1.0, local_weight: float = 1.0
+) -> Tensor:
+    """Global-local MCM: `mcm` plus the largest softmax probability over all patches and classes.
+
+    Args:
+        image: [N, d] unit norm.
+        local: [N, P, d] unit norm.
+        text: [C, d] unit norm.
+        temperature: divides the cosines, above 0.
+        local_weight: factor of the local term.
+
+    Returns:
+        [N] in [(1 + local_weight) / C, 1 + local_weight].
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, `temperature` not above 0.
+
+    Source: Miyai et al., "GL-MCM: global and local maximum concept matching", IJCV 2025, Eq. 4-5.
+
+    Example:
+        >>> gl_mcm(torch.eye(2)[:1], torch.eye(2)[None], torch.eye(2)).round(decimals=4)
+        tensor([1.4621])
+    """
+    image, local, text = _check.tensors(image=(image, "N d"), local=(local, "N P d"), text=(text, "C d"))
+    best = topk_patch_softmax(local, text, k=1, temperature=temperature).image_to_text
+    return mcm(image, text, temperature=temperature) + local_weight * best
+
+
+def r_mcm(
+    image: Tensor,
+    local: Tensor,
+    text: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    k: int = 50,
+    temperature: float = 1.0,
+    form: str = "paper",
+) -> Tensor:
+    """Regional MCM: `mcm` plus the mean of the k largest patch-to-class probabilities.
+
+    Args:
+        image: [N, d] unit norm.
+        local: [N, P, d] unit norm.
+        text: [C, d] unit norm.
+        negatives: [M, d] unit norm, or None (R-MCM*); they enter the softmax denominators only.
+        k: number of (patch, class) entries averaged, 1 to P * C.
+        temperature: divides the cosines, above 0.
+        form: "paper": one softmax; "released": the released code's double exponential when negatives are given.
+
+    Returns:
+        [N].
+
+    Raises:
+        TypeError: not floating-point tensors, or `k` no integer.
+        ValueError: shapes that do not fit, NaN, `k` out of range, `temperature` not above 0, unknown `form`.
+
+    Source: Chen et al., "Intra-image mining and symmetric maximum concept matching for few-shot out-of-distribution
+    detection", AAAI 2026, Eq. 3-4.
+
+    Example:
+        >>> r_mcm(torch.eye(2)[:1], torch.eye(2)[None], torch.eye(2), k=2).round(decimals=4)
+        tensor([1.4621])
+    """
+    image, local, text, negatives = _check.tensors(
+        image=(image, "N d"), local=(local, "N P d"), text=(text, "C d"), negatives=(negatives, "M d")
+    )
+    _check.choice("form", form, ("paper", "released"))
+    if form == "released" and negatives is not None:
+        matched = _released_image_to_text(local, text, negatives, k, temperature)
+    else:
+        matched = topk_patch_softmax(local, text, negatives, k=k, temperature=temperature).image_to_text
+    return mcm(image, text, temperature=temperature) + matched
+
+
+def _released_image_to_text(local: Tensor, text: Tensor, negatives: Tensor, k: int, temperature: float) -> Tensor:
+    """Mean of the k largest softmax probabilities of exp(cosine / T) / T instead of cosine / T."""
+    _check.positive("temperature", temperature)
+    _check.integer("k", k, 1, local.shape[1] * len(text), "patches x classes")
+    logits = (local @ torch.cat([text, negatives]).T / temperature).exp() / temperature
+    probability = logits.softmax(-1)[..., : len(text)]
+    return probability.flatten(1).topk(k).values.mean(-1)
+
+
+def msp(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Maximum softmax probability.
+
+    Args:
+        logits: [N, C].
+        temperature: divides the logits, above 0.
+
+    Returns:
+        [N] in [1/C, 1].
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong rank, NaN, `temperature` not above 0.
+
+    Source: Hendrycks & Gimpel, "A baseline for detecting misclassified and out-of-distribution examples", ICLR 2017.
+
+    Example:
+        >>> msp(torch.zeros(1, 4))
+        tensor([0.2500])
+    """
+    (logits,) = _check.tensors(logits=(logits, "N C"))
+    scaled = logits / _check.positive("temperature", temperature)
+    top = scaled.amax(-1, keepdim=True)
+    return 1 / (scaled - top).exp().sum(-1)
+
+
+def max_logit(logits: Tensor) -> Tensor:
+    """The largest logit.
+
+    Args:
+        logits: [N, C].
+
+    Returns:
+        [N].
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong rank or NaN.
+
+    Source: Hendrycks et al., "Scaling out-of-distribution detection for real-world settings", ICML 2022.
+
+    Example:
+        >>> max_logit(torch.tensor([[1.0, 3.0]]))
+        tensor([3.])
+    """
+    (logits,) = _check.tensors(logits=(logits, "N C"))
+    return logits.amax(-1)
+
+
+def energy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Negative free energy: temperature * logsumexp(logits / temperature).
+
+    Args:
+        logits: [N, C].
+        temperature: above 0.
+
+    Returns:
+        [N].
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong rank, NaN, `temperature` not above 0.
+
+    Source: Liu et al., "Energy-based out-of-distribution detection", NeurIPS 2020, Eq. 4 (its negative).
+
+    Example:
+        >>> energy(torch.zeros(1, 2)).round(decimals=4)
+        tensor([0.6931])
+    """
+    (logits,) = _check.tensors(logits=(logits, "N C"))
+    return _check.positive("temperature", temperature) * torch.logsumexp(logits / temperature, -1)
+
+
+def gen(logits: Tensor, *, gamma: float = 0.1, top: int = 100) -> Tensor:
+    """Generalised entropy of the largest probabilities: -sum p^gamma (1 - p)^gamma.
+
+    Args:
+        logits: [N, C].
+        gamma: exponent in (0, 1).
+        top: how many of the largest probabilities count; all of them when there are fewer.
+
+    Returns:
+        [N], at most 0.
+
+    Raises:
+        TypeError: not a floating-point tensor, or `top` no integer.
+        ValueError: wrong rank, NaN, `gamma` or `top` out of range.
+
+    Source: Liu, Lochman & Zach, "GEN: pushing the limits of softmax-based out-of-distribution detection", CVPR 2023.
+
+    Example:
+        >>> gen(torch.zeros(1, 2), gamma=0.5)
+        tensor([-1.])
+    """
+    (logits,) = _check.tensors(logits=(logits, "N C"))
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma={gamma} must lie between 0 and 1.")
+    _check.integer("top", top, 1, 2**31)
+    # 1 - p from the other classes' sum: near p = 1 the plain difference has no digits left.
+    log_p = logits.log_softmax(-1)
+    values, index = log_p.topk(min(top, logits.shape[-1]))
+    log_rest = _log_one_minus(log_p, values, index)
+    return -(gamma * (values + log_rest)).exp().sum(-1)
+
+
+def _log_one_minus(log_p: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """log(1 - p) of the selected entries; for the largest, the logsumexp of all the others."""
+    out = torch.log1p(-values.exp().clamp(max=1.0))
+    others = log_p.scatter(-1, index[..., :1], float("-inf")).logsumexp(-1)
+    return torch.cat([others[..., None], out[..., 1:]], -1)
+
+
+def gl_mcm_logits(global_logits: Tensor, local_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """GL-MCM of given logits, for models without a text tower.
+
+    Args:
+        global_logits: [N, C].
+        local_logits: [N, P, C].
+        temperature: divides both, above 0.
+
+    Returns:
+        [N] in [2/C, 2].
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, `temperature` not above 0.
+
+    Example:
+        >>> gl_mcm_logits(torch.zeros(1, 4), torch.zeros(1, 9, 4))
+        tensor([0.5000])
+    """
+    global_logits, local_logits = _check.tensors(
+        global_logits=(global_logits, "N C"), local_logits=(local_logits, "N P C")
+    )
+    best = msp(local_logits.flatten(0, 1), temperature=temperature).view(local_logits.shape[:2]).amax(-1)
+    return msp(global_logits, temperature=temperature) + best
+
+
+def knn(queries: Tensor, bank: Tensor, *, k: int = 50) -> Tensor:
+    """Minus the Euclidean distance to the k-th nearest entry of the bank.
+
+    Args:
+        queries: [N, d] unit norm.
+        bank: [K, d] unit norm.
+        k: 1 to K.
+
+    Returns:
+        [N] in [-2, 0].
+
+    Raises:
+        TypeError: not floating-point tensors, or `k` no integer.
+        ValueError: shapes that do not fit, NaN, `k` outside [1, K].
+
+    Source: Sun et al., "Out-of-distribution detection with deep nearest neighbors", ICML 2022.
+
+    Example:
+        >>> knn(torch.eye(2)[:1], torch.eye(2), k=1)
+        tensor([-0.])
+    """
+    queries, bank = _check.tensors(queries=(queries, "N d"), bank=(bank, "K d"))
+    _check.integer("k", k, 1, len(bank), "entries in the bank")
+    nearest = [(chunk @ bank.T).topk(k).indices[:, -1] for chunk in queries.split(1024)]
+    # The distance of the entry found, by difference: 2 - 2 cos has no digits left for near neighbours.
+    return -(queries - bank[torch.cat(nearest)]).norm(dim=-1)
+
+
+def mahalanobis(queries: Tensor, means: Tensor, precision: Tensor) -> Tensor:
+    """Minus the squared Mahalanobis distance to the nearest class mean.
+
+    Args:
+        queries: [N, d].
+        means: class means [C, d].
+        precision: inverse of the covariance shared by the classes, [d, d], symmetric.
+
+    Returns:
+        [N], at most 0 up to rounding.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, or NaN.
+
+    Source: Lee et al., "A simple unified framework for detecting out-of-distribution samples and adversarial attacks",
+    NeurIPS 2018, Eq. 2.
+
+    Example:
+        >>> mahalanobis(torch.ones(1, 2), torch.zeros(1, 2), torch.eye(2))
+        tensor([-2.])
+    """
+    queries, means, precision = _check.tensors(
+        queries=(queries, "N d"), means=(means, "C d"), precision=(precision, "d d")
+    )
+    projected = means @ precision
+    squared = (
+        ((queries @ precision) * queries).sum(-1, keepdim=True)
+        - 2 * queries @ projected.T
+        + (projected * means).sum(-1)
+    )
+    return -squared.amin(-1)
+
+
+def vim(queries: Tensor, logits: Tensor, origin: Tensor, null_space: Tensor, *, alpha: float) -> Tensor:
+    """Virtual-logit matching: energy of the logits minus the scaled norm outside the principal space.
+
+    Args:
+        queries: features [N, d].
+        logits: their logits [N, C].
+        origin: point [d] that the head maps to zero logits.
+        null_space: orthonormal columns [d, r] that span the complement of the principal space.
+        alpha: factor that brings the residual norm to the scale of the logits, above 0.
+
+    Returns:
+        [N].
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, `alpha` not above 0.
+
+    Source: Wang et al., "ViM: out-of-distribution with virtual-logit matching", CVPR 2022, Eq. 5-8 (the negative
+    virtual logit plus the energy, which orders images as the paper's softmax does).
+
+    Example:
+        >>> vim(torch.eye(2)[:1], torch.zeros(1, 1), torch.zeros(2), torch.eye(2)[:, 1:], alpha=1.0)
+        tensor([0.])
+    """
+    queries, logits, origin, null_space = _check.tensors(
+        queries=(queries, "N d"), logits=(logits, "N C"), origin=(origin, "d"), null_space=(null_space, "d r")
+    )
+    residual = ((queries - origin) @ null_space).norm(dim=-1)
+    return energy(logits) - _check.positive("alpha", alpha) * residual

@@ -1,0 +1,20 @@
+"""The plain form: both probability tensors, then the k largest of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference(
+    local: Tensor, text: Tensor, negatives: Tensor | None, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Image-to-text and text-to-image means, each [N]."""
+    classes, patches = len(text), local.shape[1]
+    columns = text if negatives is None else torch.cat([text, negatives])
+    logits = local @ columns.T / temperature
+    over_classes = logits.softmax(-1)[..., :classes]
+    over_patches = logits[..., :classes].softmax(-2)
+    image_to_text = over_classes.flatten(1).topk(k).values.mean(-1)
+    text_to_image = over_patches.flatten(1).topk(k).values.mean(-1)
+    return image_to_text, text_to_image * (patches / classes)

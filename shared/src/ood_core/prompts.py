@@ -1,0 +1,109 @@
+"""Prompts: class names, templates and the text features made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ood_core.backbones.base import Backbone
+from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
+
+__all__ = ["TEMPLATES", "fill", "imagenet_names", "read_class_names", "resolve_templates", "text_features"]
+
+TEMPLATES: dict[str, list[str]] = {
+    "photo": ["a photo of a {}"],
+    "simple": [
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ],
+}
+"""Named sets of templates; "simple" is CLIP's seven for ImageNet, "imagenet" (all eighty) comes from open_clip."""
+
+
+def resolve_templates(template: str | Sequence[str]) -> list[str]:
+    """Templates of a named set, or the given one(s), checked.
+
+    Raises:
+        UsageError: a template without exactly one "{}", which is no name of a set either.
+    """
+    if template == "imagenet":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return [make("{}") for make in OPENAI_IMAGENET_TEMPLATES]
+    if isinstance(template, str):
+        if "{" not in template and template not in TEMPLATES:
+            raise unknown_name("template without {} or set of templates", template, [*TEMPLATES, "imagenet"])
+        template = TEMPLATES.get(template, [template])
+    if not template:
+        raise UsageError("template=[] is empty: give at least one template such as 'a photo of a {}'.")
+    for one in template:
+        if one.count("{}") != 1:
+            raise UsageError(f"Template {one!r} must hold {{}} once, where the class name goes.")
+    return list(template)
+
+
+def fill(template: str, name: str) -> str:
+    """The prompt of a class; underscores are spaces.
+
+    Example:
+        >>> fill("a photo of a {}", "great_white shark")
+        'a photo of a great white shark'
+    """
+    return template.replace("{}", name.replace("_", " "))
+
+
+def text_features(backbone: Backbone, class_names: Sequence[str], template: str | Sequence[str]) -> Tensor:
+    """Class text features, float32 [C, d], unit norm; several templates are averaged and normalised again.
+
+    Args:
+        backbone: with a text tower.
+        class_names: C names.
+        template: prompt with "{}", several of them, or the name of a set ("photo", "simple", "imagenet").
+
+    Raises:
+        UsageError: a backbone without a text tower, or a template without "{}".
+        ValueError: no class name, or an empty one.
+
+    Example:
+        >>> text_features(create_backbone("tiny"), ["dog"], "a photo of a {}").shape  # doctest: +SKIP
+        torch.Size([1, 192])
+    """
+    if empty := [index for index, name in enumerate(class_names) if not str(name).strip()]:
+        raise ValueError(f"Class name {empty[0]} of {len(class_names)} is empty.")
+    parts = [backbone.encode_text([fill(one, name) for name in class_names]) for one in resolve_templates(template)]
+    return parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).mean(0), dim=-1)
+
+
+def imagenet_names() -> list[str]:
+    """CLIP's 1,000 ImageNet class names in sorted wnid order (two names occur twice)."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
+
+
+def read_class_names(source: str | Path) -> list[str]:
+    """Class names from a text file, one per line, or "imagenet" for the built-in list.
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: an empty file.
+    """
+    if str(source) == "imagenet":
+        return imagenet_names()
+    path = Path(source)
+    if not path.is_file():
+        raise MissingDataError(f"No class-name file {path}: give a text file with one name per line, or 'imagenet'.")
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    names = [name for name in names if name]
+    if not names:
+        raise DataError(f"{path} holds no class name.")
+    return names

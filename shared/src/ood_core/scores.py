@@ -1,0 +1,122 @@
+"""Score tables: one row per image, one column per detector, joined by id and never by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ood_core._files import write_atomically
+from ood_core.errors import DataError, MissingDataError, unknown_name
+from ood_core.features import FeatureSet
+
+__all__ = ["ScoreTable"]
+
+_FIXED = ["id", "source", "label", "status"]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of images by detector.
+
+    Attributes:
+        frame: columns id, source ("id" for the ID test set, else the name of the OOD set), label (name or None),
+            status ("ok" or why there is no score) and one float32 column per detector, NaN without a score.
+
+    Example:
+        >>> table = ScoreTable.read("scores.parquet")  # doctest: +SKIP
+        >>> table.scores("mcm", "textures")  # doctest: +SKIP
+    """
+
+    frame: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in _FIXED if name not in self.frame]:
+            raise DataError(f"A score table needs the columns {_FIXED}; {missing} are not there.")
+        doubled = self.frame.duplicated(["source", "id"])
+        if doubled.any():
+            row = self.frame[doubled].iloc[0]
+            raise DataError(f"Image {row['id']!r} of {row['source']!r} stands in the score table twice.")
+
+    @classmethod
+    def of(cls, features: FeatureSet, scores: Mapping[str, Iterable[float]], *, source: str = "id") -> ScoreTable:
+        """Rows of one source: its scored images, then its failures.
+
+        Args:
+            features: what was scored.
+            scores: detector name -> N scores in the order of `features`.
+            source: name of the set.
+        """
+        names = np.array([*features.label_names, None], dtype=object)
+        labels = np.full(len(features), -1) if features.labels is None else features.labels.numpy()
+        good = pd.DataFrame({"id": features.ids, "source": source, "label": names[labels], "status": "ok"})
+        for name, values in scores.items():
+            good[name] = np.asarray(values, dtype=np.float32)
+        bad = pd.DataFrame(features.failures, columns=["id", "status"]).assign(source=source, label=None)
+        return cls(pd.concat([good, bad], ignore_index=True)[list(good.columns)] if len(bad) else good)
+
+    @classmethod
+    def concatenate(cls, tables: Iterable[ScoreTable]) -> ScoreTable:
+        """One table of several sources."""
+        return cls(pd.concat([table.frame for table in tables], ignore_index=True))
+
+    @property
+    def detectors(self) -> list[str]:
+        """Names of the score columns."""
+        return [name for name in self.frame.columns if name not in _FIXED]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sets, in order of appearance."""
+        return list(dict.fromkeys(self.frame["source"]))
+
+    def scores(self, detector: str, source: str) -> np.ndarray:
+        """Scores of the images of a set that have one, float32.
+
+        Raises:
+            UsageError: an unknown detector or set.
+        """
+        if detector not in self.detectors:
+            raise unknown_name("detector in this table", detector, self.detectors)
+        if source not in self.sources:
+            raise unknown_name("set in this table", source, self.sources)
+        rows = (self.frame["source"] == source) & (self.frame["status"] == "ok")
+        return self.frame.loc[rows, detector].dropna().to_numpy(np.float32)
+
+    def join(self, other: ScoreTable) -> ScoreTable:
+        """The columns of both tables, rows matched by (source, id).
+
+        Raises:
+            DataError: an image that stands in one table only, or a detector that stands in both.
+        """
+        if both := set(self.detectors) & set(other.detectors):
+            raise DataError(f"Detector {sorted(both)[0]!r} stands in both tables: rename it in one.")
+        columns = ["source", "id", *other.detectors]
+        joined = self.frame.merge(other.frame[columns], on=["source", "id"], how="outer", indicator=True)
+        if (alone := joined["_merge"] != "both").any():
+            row = joined[alone].iloc[0]
+            raise DataError(f"Image {row['id']!r} of {row['source']!r} stands in one of the two tables only.")
+        return ScoreTable(joined.drop(columns="_merge"))
+
+    def write(self, path: str | Path) -> None:
+        """Write parquet (atomic)."""
+        write_atomically(Path(path), lambda temporary: self.frame.to_parquet(temporary, index=False))
+
+    @classmethod
+    def read(cls, path: str | Path) -> ScoreTable:
+        """Read what `write` wrote.
+
+        Raises:
+            MissingDataError: no such file.
+            DataError: not a score table.
+        """
+        if not Path(path).is_file():
+            raise MissingDataError(f"No score table {path}.")
+        try:
+            frame = pd.read_parquet(path)
+        except Exception as error:
+            raise DataError(f"{path} is no readable parquet file ({error}).") from error
+        return cls(frame)

@@ -1,0 +1,242 @@
+"""The command `ood` as a person or a script uses it: output, files, exit codes, one-sentence errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from ood_core import create_backbone, create_detector
+from ood_core.cli import main
+from ood_core.data import scenes
+
+CLASSES = scenes.ID_CLASSES[:4]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """id (fit, val, test) and ood folders of generated images."""
+    root = tmp_path_factory.mktemp("data")
+    for name, seed in (("fit", 0), ("val", 1), ("test", 2)):
+        scenes.write_folder(scenes.render(CLASSES, 8, seed=seed), root / name)
+    scenes.write_folder(scenes.textures(12), root / "textures")
+    scenes.write_folder(scenes.noise(10), root / "noise")
+    return root
+
+
+def run(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_score_table_equals_the_detector(data, tmp_path, capsys):
+    out = tmp_path / "scores.parquet"
+    code, printed, err = run(capsys, "score", data / "test", "--detector", "mcm", "gl_mcm", "--out", out)
+    assert (code, printed) == (0, "")
+    assert "32 images scored, 0 failed" in err
+    frame = pd.read_parquet(out)
+    assert list(frame.columns) == ["id", "source", "label", "status", "mcm", "gl_mcm"]
+    backbone = create_backbone("tiny")
+    for name in ("mcm", "gl_mcm"):
+        scores = create_detector(name, backbone=backbone, class_names=sorted(CLASSES)).score(data / "test")
+        np.testing.assert_allclose(frame[name], scores.numpy(), rtol=1e-6)
+    assert frame["id"].is_monotonic_increasing
+    assert set(frame["label"]) == set(CLASSES)
+
+
+def test_json_is_one_value_and_nothing_else(data, capsys, tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    code, out, _ = run(
+        capsys, "score", data / "noise", "--detector", "mcm", "--classes", tmp_path / "classes.txt", "--json"
+    )
+    rows = json.loads(out)
+    assert code == 0
+    assert len(rows) == 10
+    assert rows[0].keys() == {"id", "label", "status", "mcm"}
+    assert 0.25 < rows[0]["mcm"] < 1
+    code, out, _ = run(capsys, "list", "--json")
+    assert {"mcm", "knn"} <= set(json.loads(out)["detectors"])
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert json.loads(out)["installed"]["torch"]
+
+
+def test_plain_score_prints_a_row_per_image(data, capsys):
+    code, out, _ = run(capsys, "score", data / "noise", "--detector", "knn", "--fit", data / "fit")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split("\t") == ["id", "label", "status", "knn"]
+    assert len(lines) == 11
+
+
+def test_evaluate_writes_figures_that_the_scores_give(data, tmp_path, capsys):
+    argv = ["--id", data / "test", "--ood", f"a={data / 'textures'}", data / "noise", "--fit", data / "fit"]
+    argv += ["--calibrate", data / "val", "--bootstrap", "50", "--out", tmp_path / "out"]
+    code, printed, _ = run(capsys, "evaluate", "--detector", "mcm", "knn", *argv)
+    assert code == 0
+    assert "mcm" in printed
+    assert "average" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    frame = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert results["schema"] == 1
+    assert list(frame["source"].unique()) == ["id", "a", "noise"]
+    from sklearn.metrics import roc_auc_score
+
+    for name in ("mcm", "knn"):
+        figures = results["detectors"][name]
+        for source in ("a", "noise"):
+            part = frame[frame["source"].isin(["id", source])]
+            expected = roc_auc_score(part["source"] == "id", part[name])
+            assert figures["per_set"][source]["auroc"] == pytest.approx(expected, abs=1e-12)
+            ids = np.sort(frame.loc[frame["source"] == "id", name])[::-1]
+            threshold = ids[int(np.ceil(0.95 * len(ids))) - 1]
+            accepted = (frame.loc[frame["source"] == source, name] >= threshold).mean()
+            assert figures["per_set"][source]["fpr95"] == pytest.approx(accepted, abs=1e-12)
+            assert figures["per_set"][source]["auroc_low"] <= figures["per_set"][source]["auroc"]
+        mean = np.mean([figures["per_set"][s]["auroc"] for s in ("a", "noise")])
+        assert figures["average"]["auroc"] == pytest.approx(mean, abs=1e-12)
+    environment = results["environment"]
+    assert environment["backbones"][0]["spec"] == "tiny"
+    assert environment["versions"]["torch"]
+    assert results["data"]["id"]["images"] == 32
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()[:200]
+    (tmp_path / "out" / "report.html").unlink()
+    assert run(capsys, "report", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_calibrated_detector_is_saved_and_decides(data, tmp_path, capsys):
+    code, _, err = run(
+        capsys, "calibrate", "--detector", "knn", "--fit", data / "fit", "--id", data / "val", "--out", tmp_path / "knn"
+    )
+    assert code == 0
+    assert "are OOD" in err
+    code, out, _ = run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert all(row["knn.ood"] is True for row in rows)
+    assert all(0 < row["knn.p_value"] <= 1 / 33 + 1e-6 for row in rows)
+
+
+def test_extract_fills_a_cache_that_score_uses(data, tmp_path, capsys):
+    code, _, err = run(capsys, "extract", data / "test", "--needs", "image", "--cache", tmp_path)
+    assert code == 0
+    assert "32 images" in err
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(before) == 1
+    code, _, _ = run(capsys, "score", data / "test", "--detector", "mcm", "--cache", tmp_path)
+    assert code == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_recorded_failures_are_counted_everywhere(data, tmp_path, capsys):
+    folder = scenes.write_folder(scenes.render(CLASSES, 6, seed=5), tmp_path / "images")
+    (folder / CLASSES[0] / "zz.jpg").write_text("<html>404</html>")
+    out = tmp_path / "scores.parquet"
+    code, _, err = run(capsys, "score", folder, "--detector", "mcm", "--out", out)
+    assert code == 3
+    assert "zz.jpg" in err
+    assert not out.exists()
+    code, _, err = run(capsys, "score", folder, "--detector", "mcm", "--on-error", "record", "--out", out)
+    assert code == 0
+    assert "24 images scored, 1 failed" in err
+    frame = pd.read_parquet(out)
+    assert len(frame) == 25
+    bad = frame[frame["status"] != "ok"]
+    assert bad["id"].tolist() == [f"{CLASSES[0]}/zz.jpg"]
+    assert bad["mcm"].isna().all()
+    code, _, err = run(
+        capsys, "evaluate", "--detector", "mcm", "--id", folder, "--ood", data / "noise",
+        "--on-error", "record", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert "Images without a score: id 1" in err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["data"]["id"]["failures"] == 1
+
+
+MISTAKES = [
+    (["score", "{data}/test", "--detector", "mmc"], 2, "Unknown detector 'mmc'. Did you mean 'mcm'"),
+    (["score", "{data}/test", "--detector", "mcm", "--backbone", "tinny"], 2, "Did you mean 'tiny'"),
+    (["score", "{data}/nowhere", "--detector", "mcm"], 3, "nowhere"),
+    (["score", "{data}", "--detector", "mcm", "--classes", "{data}/none.txt"], 3, "none.txt"),
+    (["score", "{data}/test", "--detector", "knn"], 4, "must be fitted"),
+    (["score", "{data}/test", "--detector", "mcm", "--param", "k=3"], 2, "None of the detectors has an option 'k'"),
+    (["score", "{data}/test", "--detector", "mcm", "--param", "temperature"], 2, "KEY=VALUE"),
+    (["score", "{data}/test", "--detector", "mcm", "--template", "no braces"], 2, "no braces"),
+    (["score", "{data}/test", "--detector", "mcm", "--out", "scores.csv"], 2, "must end in .parquet"),
+    (["score", "{data}/test", "--detector", "mcm", "mcm"], 2, "given twice"),
+    (
+        ["evaluate", "--detector", "mcm", "--id", "{data}/test", "--ood", "id={data}/noise", "--out", "{data}/o"],
+        2,
+        "'id'",
+    ),
+    (
+        ["calibrate", "--detector", "mcm", "--id", "{data}/noise", "--classes", "imagenet", "--out", "{data}/o"],
+        3,
+        "too few",
+    ),
+    (["extract", "{data}/test"], 2, "--cache"),
+    (["extract", "{data}/test", "--needs", "image,texture", "--cache", "{data}/c"], 2, "'texture'"),
+    (["report", "{data}"], 3, "results.json"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "sentence"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_an_exit_code(argv, code, sentence, data, capsys):
+    got, out, err = run(capsys, *(arg.format(data=data) for arg in argv))
+    assert got == code
+    assert sentence in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_usage_errors_of_the_parser(capsys):
+    for argv in (["score"], ["dance"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+
+
+def test_debug_shows_the_traceback(data):
+    with pytest.raises(ValueError, match="mmc"):
+        main(["score", str(data / "test"), "--detector", "mmc", "--debug"])
+
+
+def test_the_installed_command_and_a_closed_pipe(data):
+    command = f"{sys.executable} -c 'import sys; from ood_core.cli import main; sys.exit(main())'"
+    shown = subprocess.run([*_shell(command + " --help")], capture_output=True, text=True, check=True)
+    assert "evaluate" in shown.stdout
+    piped = subprocess.run(_shell(command + " list | head -1"), capture_output=True, text=True, check=True)
+    assert piped.stdout == "Detectors:\n"
+    assert "Traceback" not in piped.stderr
+
+
+def _shell(command):
+    return ["bash", "-c", command]
+
+
+def test_import_is_light_and_quick():
+    script = """
+import sys, time
+start = time.perf_counter()
+import ood_core
+elapsed = time.perf_counter() - start
+heavy = {"torch", "triton", "transformers", "matplotlib", "sklearn", "pandas", "timm", "open_clip"} & set(sys.modules)
+assert not heavy, heavy
+ood_core.create_detector, ood_core.metrics
+heavy = {"triton", "transformers", "matplotlib", "sklearn"} & set(sys.modules)
+assert elapsed < 1.5, elapsed
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    script = "import sys, ood_core.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    everything = """
+import sys, ood_core
+for name in ood_core.__all__:
+    getattr(ood_core, name)
+heavy = {"transformers", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", everything], check=True)
