@@ -76,7 +76,7 @@ def test_evaluate_writes_figures_that_the_scores_give(data, tmp_path, capsys):
     code, printed, _ = run(capsys, "evaluate", "--detector", "mcm", "knn", *argv)
     assert code == 0
     assert "mcm" in printed
-    assert "average" in printed
+    assert "AUROC" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     frame = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert results["schema"] == 1
@@ -108,7 +108,18 @@ def test_evaluate_writes_figures_that_the_scores_give(data, tmp_path, capsys):
 
 def test_calibrated_detector_is_saved_and_decides(data, tmp_path, capsys):
     code, _, err = run(
-        capsys, "calibrate", "--detector", "knn", "--fit", data / "fit", "--id", data / "val", "--out", tmp_path / "knn"
+        capsys,
+        "calibrate",
+        "--detector",
+        "knn",
+        "--param",
+        "k=3",
+        "--fit",
+        data / "fit",
+        "--id",
+        data / "val",
+        "--out",
+        tmp_path / "knn",
     )
     assert code == 0
     assert "are OOD" in err

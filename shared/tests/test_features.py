@@ -83,8 +83,8 @@ def test_kill_minus_nine_then_resume(tmp_path):
     def run(cache, kill_after=None):
         command = [sys.executable, "-c", script, str(folder), str(cache)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
             if kill_after is not None:
-                process.stdout.readline()
                 time.sleep(kill_after)
                 os.kill(process.pid, signal.SIGKILL)
         return process.returncode

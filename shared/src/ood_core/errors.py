@@ -53,6 +53,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
         "Unknown detector 'mmc'. Did you mean 'mcm'? Known: knn, mcm."
     """
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    lower = {one.lower(): one for one in known}
+    near = [lower[one] for one in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return UsageError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -54,18 +54,21 @@ class Evaluation:
         return pd.concat(frames, names=["detector"])
 
     def table(self) -> Any:
-        """A rich table: AUROC and FPR95 in percent, averages first."""
+        """A rich table in percent: average AUROC and FPR95, then the AUROC of every OOD set."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         sets = list(self.results["data"]["ood"])
-        table = Table(title=f"AUROC / FPR95 in percent ({self.results['data']['convention']})", title_justify="left")
-        table.add_column("detector")
-        for name in ("average", *sets):
-            table.add_column(name, justify="right")
+        title = f"percent; FPR95 {self.results['data']['convention']}; AUROC of each OOD set on the right"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+        table.add_column("detector", no_wrap=True)
+        for name in ("AUROC", "FPR95", *sets):
+            table.add_column(name, justify="right", overflow="fold")
         figures = self.results["detectors"].items()
         for name, figure in sorted(figures, key=lambda item: -item[1]["average"]["auroc"]):
-            cells = [figure["average"], *(figure["per_set"][source] for source in sets)]
-            table.add_row(name, *(f"{100 * c['auroc']:.1f} / {100 * c['fpr95']:.1f}" for c in cells))
+            values = [figure["average"]["auroc"], figure["average"]["fpr95"]]
+            values += [figure["per_set"][source]["auroc"] for source in sets]
+            table.add_row(name, *(f"{100 * value:.1f}" for value in values))
         return table
 
     def write(self, folder: str | Path) -> Path:

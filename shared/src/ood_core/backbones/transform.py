@@ -48,7 +48,7 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform one image."""
         pixels = np.asarray(self._crop(self._resize(to_rgb(image))), dtype=np.float32)
-        mean, std = np.float32(self.mean) * 255, np.float32(self.std) * 255
+        mean, std = (np.array(values, np.float32) * 255 for values in (self.mean, self.std))
         return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
 
     def describe(self) -> dict:

@@ -205,7 +205,9 @@ class Detector(ABC):
             return self.score_features(data)
         if isinstance(data, ImageSource | str | Path | Image.Image) or _is_image_list(data):
             return self.score(data)
-        scores = torch.as_tensor(np.asarray(data) if not isinstance(data, Tensor) else data).float().cpu()
+        scores = (
+            (data if isinstance(data, Tensor) else torch.from_numpy(np.array(data, dtype=np.float32))).float().cpu()
+        )
         if scores.ndim != 1 or not len(scores):
             raise ValueError(f"Scores must be a non-empty vector, got shape {list(scores.shape)}.")
         if scores.isnan().any():

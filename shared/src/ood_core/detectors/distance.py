@@ -23,24 +23,32 @@ class KNN(Detector):
     """Minus the distance to the k-th nearest ID training feature.
 
     Args:
-        k: rank of the neighbour; a smaller bank uses its farthest entry and says so.
+        k: rank of the neighbour; None: 50, but no more than the classes of the training images have (their median),
+            since farther neighbours are of other classes. A smaller bank uses its farthest entry and says so.
         **common: see `create_detector`.
     """
 
     name = "knn"
+    fit_options = frozenset({"k"})
 
-    def __init__(self, *, k: int = 50, **common: Any) -> None:
+    def __init__(self, *, k: int | None = None, **common: Any) -> None:
         super().__init__(**common)
-        self.k = _check.integer("k", k, 1, 2**31)
+        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
 
     def _fit(self, features: FeatureSet) -> None:
-        self.state = {"bank": features.image.clone()}
-        if len(features) < self.k:
-            log.warning("knn: k=%d is more than the bank's %d images, which is used instead.", self.k, len(features))
+        k = self.k or min(50, _median_class_size(features))
+        if len(features) < k:
+            log.warning("knn: k=%d is more than the bank's %d images, which is used instead.", k, len(features))
+        self.state = {"bank": features.image.clone(), "k": torch.tensor(min(k, len(features)))}
 
     def _score(self, features: FeatureSet) -> Tensor:
-        bank = self.state["bank"].to(features.image.device)
-        return functional.knn(features.image, bank, k=min(self.k, len(bank)))
+        return functional.knn(features.image, self.state["bank"].to(features.image.device), k=int(self.state["k"]))
+
+
+def _median_class_size(features: FeatureSet) -> int:
+    if features.labels is None:
+        return len(features)
+    return int(features.labels.unique(return_counts=True)[1].median())
 
 
 class Mahalanobis(Detector):
