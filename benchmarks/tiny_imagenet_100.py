@@ -14,7 +14,6 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 from ood_core import FewShot, ParquetImages, create_backbone, create_detector, evaluate, extract, list_detectors
 from ood_core._files import write_json
 from ood_core.data.sources import ImageSource
@@ -39,10 +38,11 @@ NOTES = [
 
 
 def split_classes(source: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """The first 100 wnids in sorted order, and the other 100."""
-    order = np.argsort(source.label_values)
-    first = np.isin(source.labels, order[:100])
-    return source.subset(first), source.subset(~first)
+    """Images of the first 100 wnids in sorted order, and of the other 100, each labelled among its own classes."""
+    by_wnid = [source.label_names[i] for i in sorted(range(200), key=source.label_values.__getitem__)]
+    halves = (source.with_labels_from(names) for names in (by_wnid[:100], by_wnid[100:]))
+    first, second = (half.subset(half.labels >= 0) for half in halves)
+    return first, second
 
 
 def main() -> int:
@@ -65,10 +65,9 @@ def main() -> int:
     test, near = split_classes(val)
     train = FewShot(fit, shots=16, seed=args.seed)
     rest = fit.subset([i for i, image_id in enumerate(fit.ids) if image_id not in set(train.ids)])
-    names = [fit.label_names[label] for label in sorted(set(fit.labels.tolist()))]
     far = {name: ParquetImages(*_pack(args.packs, spec)) for name, spec in FAR.items()}
     found = evaluate(
-        {name: create_detector(name, backbone=backbone, class_names=names) for name in list_detectors()},
+        {name: create_detector(name, backbone=backbone, class_names=fit.label_names) for name in list_detectors()},
         id=test,
         ood={"near": near, **far},
         fit=train,
