@@ -51,7 +51,8 @@ class Recipe:
     small_share: float = 0.6
     muon_lr: float = 0.02
     adamw_lr: float = 1.5e-3
-    weight_decay: float = 0.01
+    weight_decay: float = 0.2  # of Muon; at 0.01 weights grow until the attention is one-hot and learning stalls
+    logit_scale: float = 20.0  # initial
     warmup: float = 0.02
     crop_area: float = 0.6
     jitter: float = 0.15
@@ -194,9 +195,10 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
 class Trainee(nn.Module):
     """The CLIP in training form plus the learned class matrix."""
 
-    def __init__(self, config: TinyConfig, classes: int) -> None:
+    def __init__(self, config: TinyConfig, classes: int, logit_scale: float) -> None:
         super().__init__()
         self.clip = build_model(config, norm=True)
+        nn.init.constant_(self.clip.logit_scale, math.log(logit_scale))
         visual = self.clip.visual
         for block in (*visual.transformer.resblocks, *self.clip.transformer.resblocks):
             nn.init.zeros_(block.mlp.c_proj.weight)
@@ -349,7 +351,7 @@ class Training:
         self.images, self.labels, self.names = load_training_data(packs, work, recipe)
         self.photos = int((self.labels < PHOTO_CLASSES).sum())
         torch.manual_seed(recipe.seed)
-        self.model = Trainee(TinyConfig(), len(self.names)).to(device)
+        self.model = Trainee(TinyConfig(), len(self.names), recipe.logit_scale).to(device)
         self.optimizer = build_optimizer(self.model, recipe)
         tokenizer = ByteTokenizer()
         self.texts = torch.stack([tokenizer([t.format(name) for name in self.names]) for t in TEMPLATES])

@@ -1036,6 +1036,13 @@ def test_unknown_names_list_the_nearest(spec, message):
         create_backbone(spec)
 
 
+def test_unknown_devices():
+    with pytest.raises(UsageError, match="Unknown device 'gpu0'"):
+        create_backbone("tiny", device="gpu0")
+    with pytest.raises(UsageError, match="'cuda:99' is not there"):
+        create_backbone("tiny", device="cuda:99")
+
+
 def test_unknown_dtype_and_wrong_types():
     with pytest.raises(UsageError, match=r"Unknown dtype 'float31'\. Did you mean 'float32'"):
         create_backbone("timm:test_vit", dtype="float31")

@@ -164,7 +164,7 @@ def test_use_before_fit_and_before_calibrate(features):
 
 
 def test_wrong_use_is_explained(small_backbone, features, image_folder, tmp_path):
-    with pytest.raises(UsageError, match="pass class_names"):
+    with pytest.raises(UsageError, match="pass class_names="):
         create_detector("mcm", backbone=small_backbone)
     with pytest.raises(TypeError, match="list of names"):
         create_detector("mcm", class_names="dog")

@@ -64,6 +64,21 @@ def test_each_set_is_encoded_once_per_backbone(small_backbone, image_folder, tmp
     assert found.open_image("id", "brick square/00000.png").size == (40, 40)
 
 
+def test_a_large_source_is_scored_in_parts(small_backbone, image_folder, monkeypatch):
+    from ood_core import features
+
+    whole = create_detector("gl_mcm", backbone=small_backbone, class_names=scenes.ID_CLASSES[:4])
+    expected = whole.score_features(extract(small_backbone, image_folder))
+    monkeypatch.setattr(features, "_SHARD", 6)
+    seen = []
+    score = type(whole)._score
+    monkeypatch.setattr(type(whole), "_score", lambda self, part: seen.append(len(part)) or score(self, part))
+    found = evaluate(whole, id=image_folder, ood={"same": image_folder})
+    assert seen == [6, 6, 6, 2] * 2
+    np.testing.assert_allclose(found.scores.scores("gl_mcm", "same"), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(whole.score(image_folder).numpy(), expected.numpy(), rtol=1e-6)
+
+
 def test_detectors_of_two_backbones_meet_by_id(small_backbone, image_folder):
     torch.manual_seed(1)
     from ood_core.backbones.open_clip import OpenCLIPBackbone

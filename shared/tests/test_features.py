@@ -164,7 +164,7 @@ def test_a_whole_shard_of_bad_images(small_backbone, tmp_path, shards_of_six):
         assert len(found.failures) == 6
     for path in (folder / "brick circle").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="None of the 14 images"):
+    with pytest.raises(DataError, match="None of 14 images"):
         extract(small_backbone, folder, on_error="record")
 
 

@@ -21,7 +21,7 @@ from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, NotFittedError, UsageError
-from ood_core.features import FeatureSet, extract
+from ood_core.features import FeatureSet, stream
 from ood_core.metrics import OODMetrics, evaluate_scores
 from ood_core.scores import ScoreTable
 
@@ -136,11 +136,8 @@ def evaluate(
     fit_detectors(named, fit, **extraction)
     if calibrate is not None:
         calibrate_detectors(named, calibrate, **extraction)
-    tables, described = [], {}
-    for name, data in sets.items():
-        table, described[name] = score(named, data, source=name, **extraction)
-        tables.append(table)
-    scores = ScoreTable.concatenate(tables)
+    scored = {name: score(named, data, source=name, **extraction) for name, data in sets.items()}
+    scores = ScoreTable.concatenate(table for table, _ in scored.values())
     metrics = {
         name: evaluate_scores(
             scores.scores(name, "id"),
@@ -151,20 +148,21 @@ def evaluate(
         )
         for name in named
     }
+    data = {
+        "id": scored["id"][1],
+        "ood": {name: described for name, (_, described) in scored.items() if name != "id"},
+        "fit": _describe_data(fit),
+        "calibration": _describe_data(calibrate),
+        "convention": convention,
+        "bootstrap": bootstrap,
+        "set_kinds": dict(set_kinds or {}),
+        "notes": list(notes),
+    }
     results = {
         "schema": 1,
-        "detectors": {name: _figures(named[name], metrics[name], scores) for name in named},
+        "detectors": {name: _figures(name, named[name], metrics[name], scores) for name in named},
         "environment": environment(named.values()) | {"seconds": round(time.monotonic() - started, 2), "seed": seed},
-        "data": {
-            "id": described.pop("id"),
-            "ood": described,
-            "fit": _describe_data(fit),
-            "calibration": _describe_data(calibrate),
-            "convention": convention,
-            "bootstrap": bootstrap,
-            "set_kinds": dict(set_kinds or {}),
-            "notes": list(notes),
-        },
+        "data": data,
     }
     found = Evaluation(results, scores, metrics, _image_opener(sets))
     if out is not None:
@@ -187,17 +185,24 @@ def score(
         The table, and what the set held: images scored, failures, fingerprint.
     """
     tables: list[ScoreTable] = []
-    for group, features in _features_per_backbone(detectors, data, extraction):
-        scores = {name: detector.score_features(features).numpy() for name, detector in group.items()}
-        tables.append(ScoreTable.of(features, scores, source=source))
+    for group, parts in _features_per_backbone(detectors, data, extraction):
+        rows, counts, fingerprint = [], [0, 0], ""
+        for part in parts:
+            scores = {name: detector.score_features(part).numpy() for name, detector in group.items() if len(part)}
+            rows.append(ScoreTable.of(part, scores, source=source))
+            counts = [counts[0] + len(part), counts[1] + len(part.failures)]
+            fingerprint = part.source
+        tables.append(ScoreTable.concatenate(rows))
+    if not counts[0]:
+        raise DataError(f"None of the {counts[1]} images of {source!r} could be decoded: {rows[0].frame['status'][0]}")
     table = tables[0]
     for other in tables[1:]:
         table = table.join(other)
     return table, {
-        "images": len(features) + len(features.failures),
-        "scored": len(features),
-        "failures": len(features.failures),
-        "fingerprint": features.source,
+        "images": sum(counts),
+        "scored": counts[0],
+        "failures": counts[1],
+        "fingerprint": fingerprint,
     }
 
 
@@ -215,7 +220,8 @@ def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extrac
     raw = {name: detector for name, detector in detectors.items() if not detector.fitted}
     if raw and data is None:
         raise NotFittedError(f"{', '.join(map(repr, raw))} must be fitted: give labelled ID images (fit=, --fit).")
-    for group, features in _features_per_backbone(raw, data, extraction) if raw else ():
+    for group, parts in _features_per_backbone(raw, data, extraction) if raw else ():
+        features = FeatureSet.concatenate(list(parts))
         for detector in group.values():
             detector.fit(features)
 
@@ -229,7 +235,8 @@ def calibrate_detectors(detectors: Mapping[str, Detector], data: Data, *, tpr: f
         tpr: share of them to accept.
         **extraction: for `extract`.
     """
-    for group, features in _features_per_backbone(detectors, data, extraction):
+    for group, parts in _features_per_backbone(detectors, data, extraction):
+        features = FeatureSet.concatenate(list(parts))
         for detector in group.values():
             detector.calibrate(features, tpr)
 
@@ -249,23 +256,22 @@ def _by_name(detectors: Detector | Sequence[Detector] | Mapping[str, Detector]) 
 
 def _features_per_backbone(
     detectors: Mapping[str, Detector], data: Data, extraction: dict[str, Any]
-) -> Iterator[tuple[dict[str, Detector], FeatureSet]]:
-    """Groups of detectors that share a backbone, with the features all of a group need."""
+) -> Iterator[tuple[dict[str, Detector], Iterable[FeatureSet]]]:
+    """Groups of detectors that share a backbone, with the features all of a group need, in parts."""
     if isinstance(data, FeatureSet):
-        yield dict(detectors), data
+        yield dict(detectors), [data]
         return
     groups: dict[str, tuple[Backbone, dict[str, Detector]]] = {}
     for name, detector in detectors.items():
-        if (backbone := detector.backbone) is None:
-            raise UsageError(f"{name!r} has no backbone to read images with: pass backbone= when creating it.")
+        backbone = detector._required_backbone()
         groups.setdefault(f"{backbone.fingerprint} {backbone.dtype}", (backbone, {}))[1][name] = detector
     source = open_source(data)
     for backbone, group in groups.values():
         needs = frozenset[str]().union(*(detector.needs for detector in group.values()))
-        yield group, extract(backbone, source, needs=needs, **extraction)
+        yield group, stream(backbone, source, needs=needs, **extraction)
 
 
-def _figures(detector: Detector, metrics: OODMetrics, scores: ScoreTable) -> dict[str, Any]:
+def _figures(name: str, detector: Detector, metrics: OODMetrics, scores: ScoreTable) -> dict[str, Any]:
     content = metrics.to_dict()
     figures = {
         "average": content["average"],
@@ -276,7 +282,7 @@ def _figures(detector: Detector, metrics: OODMetrics, scores: ScoreTable) -> dic
     }
     if detector.threshold is not None:
         figures |= {"threshold": detector.threshold, "tpr": detector.tpr}
-        figures["id_accepted"] = float((scores.scores(detector.name, "id") >= detector.threshold).mean())
+        figures["id_accepted"] = float((scores.scores(name, "id") >= detector.threshold).mean())
     return figures
 
 

@@ -22,7 +22,7 @@ from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, ImageError, UsageError
 
-__all__ = ["FeatureSet", "extract"]
+__all__ = ["FeatureSet", "extract", "stream"]
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,15 @@ class FeatureSet:
         chosen = {name: getattr(self, name)[pick] for name in ("labels", *FEATURES) if getattr(self, name) is not None}
         return replace(self, ids=[self.ids[row] for row in rows], failures=[], **chosen)
 
-    def has(self, needs: Collection[str]) -> bool:
-        """Whether every feature of `needs` is there."""
-        return all(getattr(self, name) is not None for name in needs)
+    @classmethod
+    def concatenate(cls, parts: Sequence[FeatureSet]) -> FeatureSet:
+        """The parts of one source, in order, as one set; a single part with features stays a memory map."""
+        filled = [part for part in parts if len(part)] or parts[:1]
+        columns: dict[str, Any] = {name: [getattr(part, name) for part in filled] for name in ("labels", *FEATURES)}
+        columns = {name: _concatenated(values) for name, values in columns.items() if values[0] is not None}
+        columns["ids"] = [image_id for part in filled for image_id in part.ids]
+        columns["failures"] = [failure for part in parts for failure in part.failures]
+        return replace(filled[0], **columns)
 
 
 def extract(
@@ -132,6 +138,41 @@ def extract(
     Example:
         >>> features = extract(create_backbone("tiny"), "photos/", needs={"image"}, cache="cache/")  # doctest: +SKIP
     """
+    parts = list(
+        stream(backbone, source, needs, cache, resume, on_error, batch_size, workers, local=local, progress=progress)
+    )
+    features = FeatureSet.concatenate(parts)
+    if not len(features):
+        raise DataError(
+            f"None of {len(features.failures)} images could be decoded. The first: {features.failures[0][1]}"
+        )
+    return features
+
+
+def stream(
+    backbone: Backbone,
+    source: ImageSource | str | Path | Sequence[Any],
+    needs: Collection[str] = frozenset({"image", "local"}),
+    cache: str | Path | None = None,
+    resume: bool = True,
+    on_error: str = "raise",
+    batch_size: int = 64,
+    workers: int = 0,
+    *,
+    local: str = "value",
+    progress: bool | None = None,
+) -> Iterator[FeatureSet]:
+    """`extract` in parts of 512 images, so that the features of a large source need never be in memory together.
+
+    Args and raises: as `extract`; a part of which no image could be decoded is empty.
+
+    Yields:
+        One `FeatureSet` per part, in the order of the source.
+
+    Example:
+        >>> for part in stream(backbone, "photos/"):  # doctest: +SKIP
+        ...     scores.append(detector.score_features(part))
+    """
     if on_error not in ("raise", "record"):
         raise UsageError(f"on_error={on_error!r} must be 'raise' or 'record'.")
     if batch_size < 1:
@@ -139,17 +180,22 @@ def extract(
     needs = backbone.check_needs(needs)
     source = open_source(source)
     folder = None if cache is None else _Cache(Path(cache), _describe(backbone, source, needs, local))
-    shards: dict[int, _Shard] = {}
+    cached: dict[int, _Shard] = {}
     count = -(-len(source) // _SHARD)
     if folder is not None and resume:
-        shards = {i: shard for i in range(count) if (shard := folder.read(i)) is not None}
-    missing = [i for i in range(count) if i not in shards]
+        cached = {i: shard for i in range(count) if (shard := folder.read(i)) is not None}
+    missing = [i for i in range(count) if i not in cached]
     loading = {"on_error": on_error, "workers": workers, "progress": progress}
-    for i, shard in _compute(backbone, source, needs, local, missing, batch_size, **loading):
-        shards[i] = shard
-        if folder is not None:
-            folder.write(i, shard)
-    return _assemble(backbone, source, [shards[i] for i in range(count)], on_error)
+    computed = _compute(backbone, source, needs, local, missing, batch_size, **loading)
+    for i in range(count):
+        shard = cached.get(i)
+        if shard is None:
+            shard = next(computed)
+            if folder is not None:
+                folder.write(i, shard)
+        if shard.failures and on_error == "raise":
+            raise ImageError(shard.failures[0][1])
+        yield _feature_set(backbone, source, _shard_range(i, len(source)), shard)
 
 
 @dataclass(frozen=True)
@@ -188,50 +234,43 @@ def _compute(
     missing: list[int],
     batch_size: int,
     **loading: Any,
-) -> Iterator[tuple[int, _Shard]]:
+) -> Iterator[_Shard]:
     """Encode the missing shards; batches never straddle two, so a resumed run forms the same batches."""
-    batches = {i: _batches(_shard_range(i, len(source)), batch_size) for i in missing}
-    flat = [batch for group in batches.values() for batch in group]
+    batches = [_batches(_shard_range(i, len(source)), batch_size) for i in missing]
+    flat = [batch for group in batches for batch in group]
     loaded = iter(load_batches(source, backbone.transform, flat, **loading))
-    for i, group in batches.items():
+    for group in batches:
         failures: list[tuple[int, str]] = []
         parts: list[dict[str, Tensor]] = []
         for batch in islice(loaded, len(group)):
             failures += batch.failures
             if len(batch.pixels):
                 parts.append(backbone.encode(batch.pixels, needs, local=local))
-        tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in needs if parts}
-        yield i, _Shard(tensors, failures)
+        tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in sorted(needs) if parts}
+        yield _Shard(tensors, failures)
 
 
 def _batches(rows: range, size: int) -> list[list[int]]:
     return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
-def _assemble(backbone: Backbone, source: ImageSource, shards: list[_Shard], on_error: str) -> FeatureSet:
-    failures = {index: reason for shard in shards for index, reason in shard.failures}
-    rows = [row for row in range(len(source)) if row not in failures]
-    if failures and on_error == "raise":
-        raise ImageError(next(iter(failures.values())))
-    if not rows:
-        raise DataError(f"None of the {len(source)} images could be decoded. The first: {failures[0]}")
-    filled = [shard.tensors for shard in shards if shard.tensors]
-    tensors = {name: _concatenate([part[name] for part in filled]) for name in filled[0]}
+def _feature_set(backbone: Backbone, source: ImageSource, rows: range, shard: _Shard) -> FeatureSet:
+    failures = dict(shard.failures)
+    good = [row for row in rows if row not in failures]
     return FeatureSet(
-        ids=[source.ids[row] for row in rows],
-        labels=None if source.labels is None else torch.as_tensor(source.labels)[rows],
+        ids=[source.ids[row] for row in good],
+        labels=None if source.labels is None else torch.as_tensor(source.labels)[good],
         label_names=list(source.label_names),
-        failures=[(source.ids[index], reason) for index, reason in failures.items()],
+        failures=[(source.ids[row], reason) for row, reason in failures.items()],
         grid=backbone.grid,
         backbone=backbone.spec,
         fingerprint=backbone.fingerprint,
         source=source.fingerprint,
-        **tensors,
+        **shard.tensors,
     )
 
 
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    """One shard stays as it is (a memory map, when it comes from the cache)."""
+def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

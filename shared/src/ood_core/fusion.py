@@ -13,7 +13,7 @@ from ood_core import _check
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, NotFittedError, UsageError
-from ood_core.features import FeatureSet
+from ood_core.features import FeatureSet, extract
 
 __all__ = ["Fusion"]
 
@@ -86,7 +86,9 @@ class Fusion(Detector):
         Raises:
             DataError: a member whose scores are constant; the message names it.
         """
-        features = id_scores if isinstance(id_scores, FeatureSet) else self._extract(id_scores)
+        features = id_scores
+        if not isinstance(features, FeatureSet):
+            features = extract(self._required_backbone(), id_scores, needs=self.needs)
         scores = {name: member.score_features(features) for name, member in self.members.items()}
         for name, values in scores.items():
             if not values.std() > 0:

@@ -85,7 +85,7 @@ def create_backbone(
         The backbone, frozen and in evaluation mode.
 
     Raises:
-        UsageError: an unknown library, model or dtype.
+        UsageError: an unknown library, model or dtype, or a device that is not there.
         MissingDataError: weights that cannot be had.
 
     Example:
@@ -97,12 +97,23 @@ def create_backbone(
     library, _, name = spec.partition(":")
     if library not in _LOADERS or (library == "tiny") == bool(name):
         raise unknown_name("backbone", spec, list_backbones())
-    precision = _resolve_dtype(dtype, torch.device(device))
+    device = _resolve_device(device)
+    precision = _resolve_dtype(dtype, device)
     backbone = _LOADERS[library](name, spec)
     if edit is not None:
         backbone = _apply_edit(backbone, edit)
     backbone.model.to(device=device, dtype=precision)
     return backbone
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {device!r}: use 'cpu', 'cuda' or 'cuda:1'.") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found): use 'cpu'.")
+    return resolved
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

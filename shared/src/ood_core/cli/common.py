@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,35 +150,29 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     from ood_core.detectors import create_detector, detector_class
     from ood_core.detectors.base import Detector
 
-    backbones: dict[str, Backbone] = {}
-
-    def backbone(spec: str) -> Backbone:
-        if spec not in backbones:
-            backbones[spec] = load_backbone(args, spec)
-        return backbones[spec]
-
     options = dict(_parse_param(pair) for pair in args.param)
-    unused = set(options)
+    known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given)._option_names()}
+    if unused := sorted(set(options) - known):
+        raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
+    backbone = cache(partial(load_backbone, args))
     detectors: dict[str, Detector] = {}
     for given in args.detector:
-        if (Path(given) / "config.json").is_file():
-            saved = Detector.from_pretrained(given)
-            saved._set_backbone(backbone(args.backbone or saved._backbone_record.get("spec", "tiny")))
-            name, detector = saved.name, saved
-            if name in detectors:
-                name = Path(given).name
+        if _is_saved(given):
+            made: Detector = Detector.from_pretrained(given)
+            made._set_backbone(backbone(args.backbone or made._backbone_record.get("spec", "tiny")))
         else:
-            mine = {k: v for k, v in options.items() if k in detector_class(given)._option_names()}
-            unused -= set(mine)
+            mine = {name: options[name] for name in detector_class(given)._option_names() if name in options}
             shared = backbone(args.backbone or "tiny")
-            name = given
-            detector = create_detector(given, backbone=shared, class_names=class_names, template=args.template, **mine)
+            made = create_detector(given, backbone=shared, class_names=class_names, template=args.template, **mine)
+        name = Path(given).name if made.name in detectors else made.name
         if name in detectors:
             raise UsageError(f"Detector {name!r} is given twice.")
-        detectors[name] = detector
-    if unused:
-        raise UsageError(f"None of the detectors has an option {sorted(unused)[0]!r}.")
+        detectors[name] = made
     return detectors
+
+
+def _is_saved(given: str) -> bool:
+    return (Path(given) / "config.json").is_file()
 
 
 def _parse_param(pair: str) -> tuple[str, Any]:

@@ -24,7 +24,8 @@ from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
-from ood_core.features import FeatureSet, extract
+from ood_core.features import FeatureSet, stream
+from ood_core.prompts import text_features
 
 __all__ = ["Detector", "Scorable"]
 
@@ -103,6 +104,13 @@ class Detector(ABC):
     def _attach(self, backbone: Backbone) -> None:
         """Check capabilities and take what is needed from a new backbone."""
         backbone.require(*self.capabilities, *self.needs)
+
+    def _class_texts(self, backbone: Backbone) -> Tensor:
+        """Features [C, d] of the class names in this detector's template, on the CPU."""
+        if not self.class_names:
+            raise UsageError(f"{self.name!r} compares images with class names: pass class_names= (--classes FILE).")
+        self.template = self.template or self.default_template
+        return text_features(backbone, self.class_names, self.template).cpu()
 
     # ---- backbone
 
@@ -185,19 +193,20 @@ class Detector(ABC):
 
         Args:
             images: an image source, folder, manifest, parquet file, a PIL image or a list of them.
-            **options: for `extract` (`batch_size`, `workers`, `cache`, ...).
+            **options: for `stream` (`batch_size`, `workers`, `cache`, ...).
 
         Raises:
             UsageError: the detector has no backbone.
             ImageError: an image that cannot be decoded.
         """
-        return self.score_features(self._extract(images, **options))
+        images = [images] if isinstance(images, Image.Image) else images
+        parts = stream(self._required_backbone(), images, needs=self.needs, **options)
+        return torch.cat([self.score_features(part) for part in parts if len(part)])
 
-    def _extract(self, images: Any, **options: Any) -> FeatureSet:
+    def _required_backbone(self) -> Backbone:
         if self.backbone is None:
             raise UsageError(f"{self.name!r} has no backbone to read images with: pass backbone= when creating it.")
-        images = [images] if isinstance(images, Image.Image) else images
-        return extract(self.backbone, images, needs=self.needs, **options)
+        return self.backbone
 
     def _scores(self, data: Scorable) -> Tensor:
         """Scores of whatever was given: scores themselves, features or images."""

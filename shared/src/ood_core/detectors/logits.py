@@ -11,9 +11,8 @@ from torch import Tensor
 from ood_core import _check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
-from ood_core.errors import DataError, UsageError
+from ood_core.errors import DataError
 from ood_core.features import FeatureSet
-from ood_core.prompts import text_features
 
 __all__ = ["GEN", "MSP", "Energy", "LogitDetector", "MaxLogit"]
 
@@ -55,20 +54,13 @@ class LogitDetector(Detector):
         if self.head == "classifier" and not self.class_names:
             self.class_names = list(backbone.label_names or [])
         if self.head == "zero_shot" and "weight" not in self.state:
-            self._take_texts(backbone)
+            self.state["weight"] = backbone.logit_scale * self._class_texts(backbone)
+            self.state["bias"] = torch.zeros(len(self.class_names))
 
     def _choose(self, backbone: Backbone) -> str:
         if "text" in backbone.capabilities and self.class_names:
             return "zero_shot"
         return "classifier" if "logits" in backbone.capabilities else "probe"
-
-    def _take_texts(self, backbone: Backbone) -> None:
-        if not self.class_names:
-            raise UsageError(f"{self.name!r} with head='zero_shot' needs class_names=[...].")
-        self.template = self.template or self.default_template
-        text = text_features(backbone, self.class_names, self.template).cpu()
-        self.state["weight"] = backbone.logit_scale * text
-        self.state["bias"] = torch.zeros(len(text))
 
     def _fit(self, features: FeatureSet) -> None:
         if self.head in ("auto", "probe"):

@@ -9,9 +9,7 @@ from torch import Tensor
 from ood_core import _check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
-from ood_core.errors import UsageError
 from ood_core.features import FeatureSet
-from ood_core.prompts import text_features
 
 __all__ = ["GLMCM", "MCM", "RMCM", "ZeroShot", "default_k"]
 
@@ -37,12 +35,8 @@ class ZeroShot(Detector):
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
-        if "text" in self.state:
-            return
-        if not self.class_names:
-            raise UsageError(f"{self.name!r} compares images with class names: pass class_names=[...].")
-        self.template = self.template or self.default_template
-        self.state["text"] = text_features(backbone, self.class_names, self.template).cpu()
+        if "text" not in self.state:
+            self.state["text"] = self._class_texts(backbone)
 
     def _text(self, features: FeatureSet) -> Tensor:
         return self.state["text"].to(features.image.device)
