@@ -171,6 +171,7 @@ MISTAKES = [
     (["score", "{data}/test", "--detector", "mcm", "--backbone", "tinny"], 2, "Did you mean 'tiny'"),
     (["score", "{data}/nowhere", "--detector", "mcm"], 3, "nowhere"),
     (["score", "{data}", "--detector", "mcm", "--classes", "{data}/none.txt"], 3, "none.txt"),
+    (["score", "{data}/noise", "--detector", "mcm"], 2, "--classes FILE"),
     (["score", "{data}/test", "--detector", "knn"], 4, "must be fitted"),
     (["score", "{data}/test", "--detector", "mcm", "--param", "k=3"], 2, "None of the detectors has an option 'k'"),
     (["score", "{data}/test", "--detector", "mcm", "--param", "temperature"], 2, "KEY=VALUE"),

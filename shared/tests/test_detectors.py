@@ -193,6 +193,14 @@ def test_wrong_use_is_explained(small_backbone, features, image_folder, tmp_path
         create_detector("msp", head="linear")
     with pytest.raises(MissingDataError, match="no folder with a saved detector"):
         Detector.from_pretrained(tmp_path / "nothing")
+    create_detector("knn").fit(features).save_pretrained(tmp_path / "knn")
+    saved = json.loads((tmp_path / "knn" / "config.json").read_text())
+    (tmp_path / "knn" / "config.json").write_text(json.dumps(saved | {"params": {"q": 1}}))
+    with pytest.raises(DataError, match="saved by another version"):
+        Detector.from_pretrained(tmp_path / "knn")
+    (tmp_path / "knn" / "config.json").write_text("{")
+    with pytest.raises(DataError, match="no readable detector"):
+        Detector.from_pretrained(tmp_path / "knn")
     (tmp_path / "config.json").write_text(json.dumps({"detector": "mcm"}))
     with pytest.raises(MissingDataError, match=r"model.safetensors is missing"):
         Detector.from_pretrained(tmp_path)

@@ -137,12 +137,13 @@ def named_sources(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def class_names_of(args: argparse.Namespace, *sources: ImageSource | None) -> list[str] | None:
-    """Class names from --classes, else from the labels of the first source that has some."""
+    """Class names from --classes, else from the labels of the first source that has at least two."""
     from ood_core.prompts import read_class_names
 
     if args.classes:
         return read_class_names(args.classes)
-    return next((list(s.label_names) for s in sources if s is not None and s.label_names), None)
+    # A single folder name ("images") says nothing about the classes, and a softmax over one class is always 1.
+    return next((list(s.label_names) for s in sources if s is not None and len(s.label_names) > 1), None)
 
 
 def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> dict[str, Detector]:

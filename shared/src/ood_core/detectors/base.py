@@ -192,7 +192,9 @@ class Detector(ABC):
         """Scores of images, float32 [N].
 
         Args:
-            images: an image source, folder, manifest, parquet file, a PIL image or a list of them.
+            images: an image source, folder, manifest, parquet file, a PIL image or a list of them. With
+                `on_error="record"` images that cannot be decoded have no entry; `ood_core.evaluation.score` gives a
+                table that names them.
             **options: for `stream` (`batch_size`, `workers`, `cache`, ...).
 
         Raises:
@@ -373,7 +375,10 @@ class Detector(ABC):
         kind = detector_class(config["detector"])
         if not issubclass(kind, cls):
             raise UsageError(f"{path} holds a {config['detector']!r} detector, not a {cls.__name__}.")
-        made = kind._empty(path, config)
+        try:
+            made = kind._empty(path, config)
+        except TypeError as error:
+            raise DataError(f"{path} was saved by another version of {config['detector']!r}: {error}.") from error
         made.state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
         made._calibration = tensors.get("calibration")
         made.threshold, made.tpr = config["threshold"], config["tpr"]
