@@ -334,8 +334,8 @@ Zero-shot top-1 with the text tower and the template "a photo of a {{}}" (patche
 | images | image embedding | single patch | mean of patches |
 |---|---|---|---|
 {rows}
-The photographs are the 10,000 of the split `val` (200 classes), which nothing was trained or chosen on; the scenes are
-50 new ones of each of the demo's 8 known classes, told apart among those 8.
+The photographs are the 10,000 of the split `val` (200 classes); none was trained on, and this run looked at them once,
+at its end. The scenes are 50 new ones of each of the demo's 8 known classes, told apart among those 8.
 """
 
 
