@@ -12,9 +12,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ood_core import FewShot, ParquetImages, create_backbone, create_detector, evaluate, extract, list_detectors
+from ood_core import (
+    Backbone,
+    FewShot,
+    ParquetImages,
+    create_backbone,
+    create_detector,
+    evaluate,
+    extract,
+    list_detectors,
+)
 from ood_core._files import write_json
 from ood_core.data.sources import ImageSource
 from ood_core.prompts import text_features
@@ -30,6 +41,7 @@ FAR = {
     "histology": "histology-colorectal.parquet:test",
     "chest-xray": "chest-xray.parquet:test",
 }
+ZERO_SHOT = ["mcm", "gl_mcm", "r_mcm", "s_mcm"]
 NOTES = [
     "The near-OOD classes are among the 200 classes that the tiny backbone was trained on (as CLIP, too, has seen most "
     "OOD classes); the far sets are unlike its training data.",
@@ -43,6 +55,41 @@ def split_classes(source: ImageSource) -> tuple[ImageSource, ImageSource]:
     halves = (source.with_labels_from(names) for names in (by_wnid[:100], by_wnid[100:]))
     first, second = (half.subset(half.labels >= 0) for half in halves)
     return first, second
+
+
+def run(
+    backbone: Backbone,
+    packs: Path,
+    detectors: Sequence[str],
+    *,
+    bootstrap: int,
+    seed: int = 0,
+    report: Path | None = None,
+    cache: str | None = None,
+) -> dict[str, Any]:
+    """The protocol's results, as `ood evaluate` writes them, and for every detector the mean over the far sets."""
+    fit, _ = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="fit"))
+    test, near = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="val"))
+    train = FewShot(fit, shots=16, seed=seed)
+    rest = fit.subset([i for i, image_id in enumerate(fit.ids) if image_id not in set(train.ids)])
+    far = {name: ParquetImages(*_pack(packs, spec)) for name, spec in FAR.items()}
+    results = evaluate(
+        {name: create_detector(name, backbone=backbone, class_names=fit.label_names) for name in detectors},
+        id=test,
+        ood={"near": near, **far},
+        fit=train,
+        calibrate=rest,
+        bootstrap=bootstrap,
+        out=report,
+        set_kinds={"near": "near", **dict.fromkeys(far, "far")},
+        notes=NOTES,
+        cache=cache,
+    ).results
+    for figures in results["detectors"].values():
+        figures["far_mean"] = {
+            key: statistics.fmean(figures["per_set"][name][key] for name in far) for key in ("auroc", "fpr95")
+        }
+    return results | {"protocol": "tiny-imagenet-100"}
 
 
 def main() -> int:
@@ -60,31 +107,17 @@ def main() -> int:
         print(f"{args.packs} holds no tiny-imagenet.parquet: give --packs the folder with the packs.", file=sys.stderr)
         return 3
     backbone = create_backbone(args.backbone, dtype=args.dtype)
-    val = ParquetImages(args.packs / "tiny-imagenet.parquet", split="val")
-    fit, _ = split_classes(ParquetImages(args.packs / "tiny-imagenet.parquet", split="fit"))
-    test, near = split_classes(val)
-    train = FewShot(fit, shots=16, seed=args.seed)
-    rest = fit.subset([i for i, image_id in enumerate(fit.ids) if image_id not in set(train.ids)])
-    far = {name: ParquetImages(*_pack(args.packs, spec)) for name, spec in FAR.items()}
-    found = evaluate(
-        {name: create_detector(name, backbone=backbone, class_names=fit.label_names) for name in list_detectors()},
-        id=test,
-        ood={"near": near, **far},
-        fit=train,
-        calibrate=rest,
+    results = run(
+        backbone,
+        args.packs,
+        list_detectors(),
         bootstrap=args.bootstrap,
-        out=args.report,
-        set_kinds={"near": "near", **dict.fromkeys(far, "far")},
-        notes=NOTES,
+        seed=args.seed,
+        report=args.report,
         cache=args.cache,
     )
-    results = found.results
-    for figures in results["detectors"].values():
-        figures["far_mean"] = {
-            key: statistics.fmean(figures["per_set"][name][key] for name in far) for key in ("auroc", "fpr95")
-        }
+    val = ParquetImages(args.packs / "tiny-imagenet.parquet", split="val")
     results["zero_shot_top1"] = zero_shot_accuracy(backbone, val, args.cache)
-    results["protocol"] = "tiny-imagenet-100"
     write_json(args.out, results)
     for name, figures in sorted(results["detectors"].items(), key=lambda item: -item[1]["average"]["auroc"]):
         near_auroc, far_auroc = figures["per_set"]["near"]["auroc"], figures["far_mean"]["auroc"]

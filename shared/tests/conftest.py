@@ -1,9 +1,15 @@
 """Small images, features and backbones that several test files use."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+# Without a GPU, kernels are interpreted. Triton decides this once, when first imported, and open_clip imports it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import scenes

@@ -595,11 +595,11 @@ def test_golden_text_features(golden, golden_clip):
 
 
 def test_golden_text_features_in_float64(golden, golden_clip):
-    ids = torch.from_numpy(golden["tok_local"])
-    embeddings = golden_clip._embed_tokens(ids).clone()
-    embeddings[:, 1:17] = torch.from_numpy(golden["local_ctx0"])
-    text = F.normalize(golden_clip._text_embedding(embeddings, ids.argmax(-1)), dim=-1)
-    np.testing.assert_allclose(text, golden["text_local"], rtol=1e-9, atol=1e-11)
+    names = [str(name) for name in golden["classnames"]]
+    for kind, texts in (("local", names), ("neg", [""] * 3)):
+        text = golden_clip.encode_prompts(torch.from_numpy(golden[f"{kind}_ctx0"]), texts)
+        assert text.dtype == torch.float64
+        np.testing.assert_allclose(text, golden[f"text_{kind}"], rtol=1e-9, atol=1e-11)
 
 
 # ---- grids, prefix tokens, pooling

@@ -57,5 +57,6 @@ def _devices() -> dict[str, str]:
 
 
 def _kernel() -> str:
-    available = "present" if find_spec("triton") else "absent"
-    return f"torch (chunked, exact) on every device; triton is {available}"
+    if find_spec("triton"):
+        return "triton on CUDA and HIP devices, torch (chunked, exact) on every other and for gradients"
+    return "torch (chunked, exact) on every device; triton is absent"

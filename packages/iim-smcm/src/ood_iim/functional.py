@@ -1,19 +1,20 @@
 """S-MCM and parts of intra-image mining as pure functions on tensors; higher score = more in-distribution.
 
-`image`, `local`, `global_text`, `local_text` and `negatives` are unit-norm. float64 stays float64, everything
-else is computed in float32. N images, P patches, C classes, M negatives, d width. Equations: Chen et al.,
+`image`, `local`, `global_text`, `local_text` and `negatives` are unit-norm; logits are cosines times the model's logit
+scale. float64 stays float64, everything else is computed in float32. N images, P patches, C classes, M negatives, d width. Equations: Chen et al.,
 AAAI 2026.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from ood_core import _check
 from ood_core.functional import _released_image_to_text, mcm
 from ood_core.ops import topk_patch_softmax
 from torch import Tensor
 
-__all__ = ["diversity_loss", "id_logits", "s_mcm"]
+__all__ = ["diversity_loss", "id_logits", "negative_loss", "positive_loss", "s_mcm"]
 
 
 def s_mcm(
@@ -112,6 +113,100 @@ def id_logits(
     return (image @ global_text.T).exp() * best.exp().mean(1)
 
 
+def positive_loss(
+    local_logits: Tensor,
+    negative_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    k: int,
+    hard_negative_mining: bool = True,
+) -> Tensor:
+    """Cross-entropy of the label over best patches: its k best against those of all classes and negatives.
+
+    Args:
+        local_logits: patches against classes [B, P, C], logit scale included.
+        negative_logits: patches against negative prompts [B, P, M], or None (or M = 0) for none.
+        labels: class numbers, int64 [B].
+        k: patches per class, 1 to P.
+        hard_negative_mining: every other class and every negative is read at its own k best patches; False
+            reads them at the label's.
+
+    Returns:
+        Scalar, at least 0; mean over the batch.
+
+    Raises:
+        TypeError: not floating-point tensors, or `k` no integer.
+        ValueError: shapes that do not fit, NaN, `k` or a label out of range.
+
+    Source: Eq. 8.
+
+    Example:
+        >>> import torch
+        >>> positive_loss(torch.zeros(1, 4, 2), None, torch.tensor([0]), k=2).round(decimals=4)
+        tensor(0.6931)
+    """
+    classes, negatives, labels = _loss_inputs(local_logits, negative_logits, labels)
+    _check.integer("k", k, 1, classes.shape[1], "patches")
+    if hard_negative_mining:
+        classes, negatives = (logits.topk(k, dim=1).values for logits in (classes, negatives))
+    else:
+        patches = _of_label(classes, labels).topk(k, dim=1).indices
+        classes, negatives = _at(classes, patches), _at(negatives, patches)
+    per_class, per_negative = classes.logsumexp(1), negatives.logsumexp(1)
+    label = F.one_hot(labels, per_class.shape[1]).bool()
+    rest = torch.cat([per_class.masked_fill(label, -torch.inf), per_negative], 1).logsumexp(1)
+    return _softplus(rest - per_class[label]).mean()
+
+
+def negative_loss(
+    local_logits: Tensor,
+    negative_logits: Tensor,
+    labels: Tensor,
+    *,
+    k: int,
+    form: str = "paper",
+    region: str = "next",
+) -> Tensor:
+    """Cross-entropy of the negative prompts over the hard negative patches, those behind the label's k best.
+
+    Args:
+        local_logits: patches against classes [B, P, C], logit scale included.
+        negative_logits: patches against negative prompts [B, P, M], M at least 1.
+        labels: class numbers, int64 [B].
+        k: number of positive patches, 1 to P / 2 (`region="all"`: to P - 1).
+        form: "paper": classes are read at the label's hard negative patches; "released": every class at its
+            own patches of those ranks.
+        region: "next": ranks k + 1 to 2k; "all": ranks k + 1 to P.
+
+    Returns:
+        Scalar, at least 0; mean over the batch.
+
+    Raises:
+        TypeError: not floating-point tensors, or `k` no integer.
+        ValueError: shapes that do not fit, NaN, no negatives, `k` or a label out of range, unknown `form` or
+            `region`.
+
+    Source: Eq. 9, with the patches of Eq. 6 and 7.
+
+    Example:
+        >>> import torch
+        >>> negative_loss(torch.zeros(1, 4, 1), torch.zeros(1, 4, 3), torch.tensor([0]), k=2).round(decimals=4)
+        tensor(0.2877)
+    """
+    classes, negatives, labels = _loss_inputs(local_logits, negative_logits, labels)
+    _check.choice("form", form, ("paper", "released"))
+    _check.choice("region", region, ("next", "all"))
+    if not negatives.shape[2]:
+        raise ValueError("negative_loss needs at least one negative prompt, got none: leave this loss out.")
+    patches = classes.shape[1]
+    most, last = (patches // 2, 2 * k) if region == "next" else (patches - 1, patches)
+    _check.integer("k", k, 1, most, f"the hard negatives are patches behind the k best of {patches}")
+    hard = _of_label(classes, labels).topk(last, dim=1).indices[:, k:]
+    in_classes = _at(classes, hard) if form == "paper" else classes.topk(last, dim=1).values[:, k:]
+    in_negatives = _at(negatives, hard)
+    return _softplus(in_classes.flatten(1).logsumexp(1) - in_negatives.flatten(1).logsumexp(1)).mean()
+
+
 def diversity_loss(text: Tensor, negatives: Tensor | None = None) -> Tensor:
     """Mean cosine between different class texts plus mean cosine between different negatives.
 
@@ -137,6 +232,33 @@ def diversity_loss(text: Tensor, negatives: Tensor | None = None) -> Tensor:
     text, negatives = _check.tensors(text=(text, "C d"), negatives=(negatives, "M d"))
     parts = [_mean_pair_cosine(part) for part in (text, negatives) if part is not None]
     return sum(parts[1:], parts[0])
+
+
+def _loss_inputs(local_logits: Tensor, negative_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked logits; no negatives become [B, P, 0]."""
+    if negative_logits is None or negative_logits.shape[-1:] == (0,):
+        (classes,) = _check.tensors(local_logits=(local_logits, "B P C"))
+        negatives = classes[..., :0]
+    else:
+        classes, negatives = _check.tensors(
+            local_logits=(local_logits, "B P C"), negative_logits=(negative_logits, "B P M")
+        )
+    return classes, negatives, _check.labels("labels", labels, len(classes), classes.shape[2])
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); torch's own is linear above 20, an error of 2e-9 in values and gradients."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _of_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, P] of the label's class from [B, P, C]."""
+    return logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+
+
+def _at(logits: Tensor, patches: Tensor) -> Tensor:
+    """[B, k, C] of the given patches [B, k] from [B, P, C]."""
+    return logits.gather(1, patches[..., None].expand(-1, -1, logits.shape[2]))
 
 
 def _mean_pair_cosine(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ood_core.backbones.linear import NamedLinear
 from ood_core.backbones.transform import ImageTransform
@@ -108,6 +109,7 @@ class Backbone(ABC):
         self._hash = _hash_tensors(model.state_dict().items(), repr(model))
         self._edits: dict[str, tuple[str, str]] = {}  # name -> hashes of the original and the edited weight
         self._texts: dict[str, Tensor] = {}
+        self._words: dict[Any, tuple[Tensor, Tensor]] = {}
         self._prompt_chunk = 256
 
     # ---- what an adapter provides
@@ -151,9 +153,18 @@ class Backbone(ABC):
         """Token embeddings [N, L, D] without positions."""
         raise self._lacks("text")
 
-    def _text_embedding(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """[N, d] from token embeddings [N, L, D], read at position `end` [N], not normalised."""
+    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """[N, D] from token embeddings [N, L, D], read at position `end` [N], before the text projection."""
         raise self._lacks("text")
+
+    def _project_text(self, hidden: Tensor) -> Tensor:
+        """[N, d] from [N, D], not normalised."""
+        raise self._lacks("text")
+
+    @property
+    def text_projection(self) -> Tensor:
+        """The last linear map of the text tower, [D, d]: embedding = hidden @ text_projection."""
+        raise self._lacks("prompts")
 
     # ---- device and precision
 
@@ -274,17 +285,27 @@ class Backbone(ABC):
         ids = self._tokenize(texts).to(self.device)
         end = self._end_positions(ids)
         ids = ids[:, : int(end.max()) + 1]  # exact: no token sees what comes behind it
-        return self._text_embedding(self._embed_tokens(ids), end).float()
+        return self._project_text(self._text_hidden(self._embed_tokens(ids), end)).float()
 
-    def encode_prompts(self, context: Tensor, class_names: Sequence[str]) -> Tensor:
-        """Embeddings of learned prompts, float32 [C, d], unit norm; gradients reach `context`.
+    def encode_prompts(
+        self,
+        context: Tensor,
+        class_names: Sequence[str],
+        *,
+        projection: Tensor | None = None,
+        max_batch: int | None = None,
+    ) -> Tensor:
+        """Embeddings of learned prompts, float32 [C, d], unit norm; gradients reach `context` and `projection`.
 
         The prompt of a class is [start][context][class name][.][end]. An empty name gives a prompt without a class
-        word (a negative prompt).
+        word (a negative prompt). The pass is cut behind the last end mark, which changes nothing (causal mask).
 
         Args:
             context: [C, n, D] per class or [n, D] shared, D the width of the token embedding.
             class_names: C names; underscores are spaces.
+            projection: [D, d] in place of the model's own `text_projection`.
+            max_batch: prompts per pass. More prompts run in several passes, short ones together, and with
+                gradients each pass is computed again in the backward pass, so that only one is ever held in memory.
 
         Raises:
             ValueError: shapes that do not fit, or a name too long for the text tower's context.
@@ -293,24 +314,51 @@ class Backbone(ABC):
         names = [name.replace("_", " ") for name in _text_list(class_names, empty=True)]
         if context.ndim == 2:
             context = context.expand(len(names), -1, -1)
-        ids = self._tokenize([f"{name}." for name in names]).to(self.device)
-        with torch.no_grad():
-            words = self._embed_tokens(ids)
+        words, end = self._prompt_words(tuple(names))
         if context.ndim != 3 or len(context) != len(names) or context.shape[-1] != words.shape[-1]:
             raise ValueError(
                 f"context must be [n, {words.shape[-1]}] or [{len(names)}, n, {words.shape[-1]}], "
                 f"got {list(context.shape)}."
             )
-        end = self._end_positions(ids) + context.shape[1]
-        length = int(end.max()) + 1
-        if length > self.context_length:
+        end = end + context.shape[1]
+        if int(end.max()) >= self.context_length:
             longest = names[int(end.argmax())]
             raise ValueError(
-                f"Class name {longest!r} with {context.shape[1]} context tokens needs {length} tokens; the text tower "
-                f"takes {self.context_length}. Shorten the name or the context."
+                f"Class name {longest!r} with {context.shape[1]} context tokens needs {int(end.max()) + 1} tokens; the "
+                f"text tower takes {self.context_length}. Shorten the name or the context."
             )
-        prompts = torch.cat([words[:, :1], context.to(self.device, words.dtype), words[:, 1:]], 1)
-        return _finish(self._text_embedding(prompts[:, :length], end), True)
+        context = context.to(self.device, words.dtype)
+        size = max_batch or len(names)
+        if size >= len(names):
+            features = self._encode_prompt_chunk(context, words, end, projection)
+        else:
+            order = end.argsort(stable=True)
+            chunks = [
+                checkpoint(self._encode_prompt_chunk, context[i], words[i], end[i], projection, use_reentrant=False)
+                for i in order.split(size)
+            ]
+            features = torch.cat(chunks)[order.argsort()]
+        return F.normalize(features, dim=-1)
+
+    def _prompt_words(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Token embeddings [C, L, D] of "NAME." and their end positions [C], kept for the next step of a training."""
+        key = (self.fingerprint, str(self.device), str(self.dtype), names)
+        if key not in self._words:
+            ids = self._tokenize([f"{name}." for name in names]).to(self.device)
+            end = self._end_positions(ids)
+            with torch.no_grad():
+                words = self._embed_tokens(ids[:, : int(end.max()) + 1])
+            self._words = dict(list(self._words.items())[-3:]) | {key: (words, end)}
+        return self._words[key]
+
+    def _encode_prompt_chunk(self, context: Tensor, words: Tensor, end: Tensor, projection: Tensor | None) -> Tensor:
+        prompts = torch.cat([words[:, :1], context, words[:, 1:]], 1)
+        hidden = self._text_hidden(prompts[:, : int(end.max()) + 1], end)
+        if projection is None:
+            features = self._project_text(hidden)
+        else:
+            features = hidden.to(projection.dtype) @ projection.to(hidden.device)
+        return features if features.dtype == torch.float64 else features.float()
 
     # ---- weights
 

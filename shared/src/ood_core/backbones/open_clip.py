@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ood_core.backbones.base import Backbone, BlockParts
 from ood_core.backbones.linear import NamedLinear, fused_qkv
 from ood_core.backbones.transform import ImageTransform
-from ood_core.errors import MissingDataError, unknown_name
+from ood_core.errors import MissingDataError, UsageError, unknown_name
 
 __all__ = ["OpenCLIPBackbone", "load_open_clip"]
 
@@ -116,16 +116,26 @@ class OpenCLIPBackbone(Backbone):
     def _embed_tokens(self, ids: Tensor) -> Tensor:
         return self.text.token_embedding(ids)
 
-    def _text_embedding(self, embeddings: Tensor, end: Tensor) -> Tensor:
+    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
         length = embeddings.shape[1]
         x = embeddings + self.text.positional_embedding[:length]
         mask = self.text.attn_mask
         x = self.text.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
-        x = self.text.ln_final(x)[torch.arange(len(x), device=x.device), end]
+        return self.text.ln_final(x)[torch.arange(len(x), device=x.device), end]
+
+    def _project_text(self, hidden: Tensor) -> Tensor:
         projection = self.text.text_projection
         if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+            return hidden
+        return projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
+
+    @property
+    def text_projection(self) -> Tensor:
+        """The last linear map of the text tower, [D, d]."""
+        projection = self.text.text_projection
+        if projection is None or getattr(projection, "bias", None) is not None:
+            raise UsageError(f"The text tower of {self.spec!r} has no text projection, or one with a bias, to train.")
+        return projection.weight.T if isinstance(projection, nn.Linear) else projection
 
     # ---- weights
 

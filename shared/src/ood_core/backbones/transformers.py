@@ -115,15 +115,22 @@ class TransformersBackbone(Backbone):
     def _embed_tokens(self, ids: Tensor) -> Tensor:
         return self.network.text_model.embeddings.token_embedding(ids)
 
-    def _text_embedding(self, embeddings: Tensor, end: Tensor) -> Tensor:
+    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
         text = self.network.text_model
         length = embeddings.shape[1]
         x = embeddings + text.embeddings.position_embedding.weight[:length]
         mask = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
         for layer in text.encoder.layers:
             x = layer(x, mask[None, None])
-        x = text.final_layer_norm(x)[torch.arange(len(x), device=x.device), end]
-        return self.network.text_projection(x)
+        return text.final_layer_norm(x)[torch.arange(len(x), device=x.device), end]
+
+    def _project_text(self, hidden: Tensor) -> Tensor:
+        return self.network.text_projection(hidden)
+
+    @property
+    def text_projection(self) -> Tensor:
+        """The last linear map of the text tower, [D, d]."""
+        return self.network.text_projection.weight.T
 
     # ---- weights
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ class ResidualStem(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], *, norm: bool = False) -> None:
         super().__init__()
+        self.channels = channels
         ins = (3, *channels[:-1])
         self.down = nn.ModuleList(_conv(i, o, 2, norm) for i, o in zip(ins, channels, strict=True))
         self.first = nn.ModuleList(_conv(c, c, 1, norm) for c in channels)
@@ -54,13 +57,34 @@ class ResidualStem(nn.Module):
 
     def folded(self) -> ResidualStem:
         """The same function in evaluation mode, with every batch norm merged into its convolution."""
-        stages: Any = self
-        plain: Any = ResidualStem(tuple(conv.out_channels for conv, _ in stages.down))
-        for name in ("down", "first", "second"):
-            for (conv, batch_norm), target in zip(getattr(self, name), getattr(plain, name), strict=True):
-                fused = nn.utils.fuse_conv_bn_eval(conv.eval(), batch_norm.eval())
-                target.load_state_dict(fused.state_dict())
+        plain = ResidualStem(self.channels)
+        for (conv, batch_norm), target in zip(self._convolutions(), plain._convolutions(), strict=True):
+            fused = nn.utils.fuse_conv_bn_eval(conv.eval(), batch_norm.eval())
+            target.load_state_dict(fused.state_dict())
         return plain
+
+    @torch.no_grad()
+    def unfold(self, plain: ResidualStem, x: Tensor) -> None:
+        """Undo `folded`: become the same function as `plain`, with batch norms at the statistics of `x`."""
+        hooks = []
+        for (conv, batch_norm), source in zip(self._convolutions(), plain._convolutions(), strict=True):
+            conv.weight.copy_(source.weight)
+
+            def start(_: nn.Module, __: Any, out: Tensor, norm: Any = batch_norm, bias: Tensor = source.bias) -> None:
+                variance, mean = torch.var_mean(out, (0, 2, 3), correction=0)
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+                norm.weight.copy_((variance + norm.eps).sqrt())
+                norm.bias.copy_(bias + mean)
+
+            hooks.append(conv.register_forward_hook(start))
+        self.eval()(x)
+        for hook in hooks:
+            hook.remove()
+        self.train()
+
+    def _convolutions(self) -> list[Any]:
+        return [*self.down, *self.first, *self.second]
 
 
 def _conv(ins: int, outs: int, stride: int, norm: bool) -> nn.Module:
@@ -93,19 +117,14 @@ def build_model(config: TinyConfig | None = None, *, norm: bool = False) -> open
     return model
 
 
-def load_model() -> open_clip.CLIP:
-    """The shipped model with its trained weights, float32, in evaluation mode."""
-    folder = resources.files("ood_core.tiny")
-    config = json.loads((folder / "config.json").read_text())
+def load_model(folder: Path | None = None) -> open_clip.CLIP:
+    """The model with its trained weights (the shipped ones, or those in `folder`), float32, in evaluation mode."""
+    source = folder or resources.files("ood_core.tiny")
+    config = json.loads((source / "config.json").read_text())
     model = build_model(TinyConfig(**{**config["model"], "stem": tuple(config["model"]["stem"])}))
-    with resources.as_file(folder / "model.safetensors") as path:
+    with resources.as_file(source / "model.safetensors") as path:
         model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return model.eval()
-
-
-def config_json(config: TinyConfig) -> str:
-    """`config.json` as text: model sizes and input normalisation."""
-    return json.dumps({"model": asdict(config), "mean": MEAN, "std": STD}, indent=2) + "\n"
 
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]

@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 def reference(
-    local: Tensor, text: Tensor, negatives: Tensor | None, k: int, temperature: float
+    local: Tensor, text: Tensor, negatives: Tensor | None, ks: list[int], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Image-to-text and text-to-image means, each [N]."""
+    """Image-to-text and text-to-image means, each [N, K] for the K values in `ks`."""
     classes, patches = len(text), local.shape[1]
     columns = text if negatives is None else torch.cat([text, negatives])
     logits = local @ columns.T / temperature
     over_classes = logits.softmax(-1)[..., :classes]
     over_patches = logits[..., :classes].softmax(-2)
-    image_to_text = over_classes.flatten(1).topk(k).values.mean(-1)
-    text_to_image = over_patches.flatten(1).topk(k).values.mean(-1)
+    image_to_text, text_to_image = (
+        torch.stack([p.flatten(1).topk(k).values.mean(-1) for k in ks], 1) for p in (over_classes, over_patches)
+    )
     return image_to_text, text_to_image * (patches / classes)

@@ -1,0 +1,82 @@
+"""Augmented views of images: random crops and flips that depend on (seed, view, image) only."""
+
+from __future__ import annotations
+
+__all__ = ["Views"]
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ood_core.data.sources import ImageSource
+from ood_core.errors import UsageError
+
+
+class Views(ImageSource):
+    """`count` augmented views of every image of a source: a random crop, resized, flipped half of the time.
+
+    View `v` of image `i` is item `v * len(source) + i`. It is the same whenever and in whatever order it is read.
+
+    Args:
+        source: the images.
+        count: views per image.
+        size: (height, width) of the views, a backbone's `transform.crop`.
+        scale: smallest and largest share of the image's area in a crop; its aspect lies between 3:4 and 4:3.
+        seed: of all draws.
+        first: number of the first view, to go on where earlier ones ended.
+
+    Raises:
+        UsageError: `count` below 1, or `scale` not in (0, 1].
+
+    Example:
+        >>> views = Views(ImageFolder("train"), 4, size=(224, 224), seed=1)  # doctest: +SKIP
+        >>> features = extract(backbone, views, cache="cache/")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        count: int,
+        *,
+        size: Sequence[int],
+        scale: tuple[float, float] = (0.85, 1.0),
+        seed: int = 0,
+        first: int = 0,
+    ) -> None:
+        if count < 1:
+            raise UsageError(f"views={count}: at least 1 view per image is needed.")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise UsageError(f"The crop scale {tuple(scale)} must be two rising numbers above 0 and at most 1.")
+        self.source, self.size, self.scale, self.seed = source, (int(size[0]), int(size[1])), tuple(scale), seed
+        self._items = [(view, index) for view in range(first, first + count) for index in range(len(source))]
+        self.ids = [f"{source.ids[index]}@{view}" for view, index in self._items]
+        self.labels = None if source.labels is None else np.tile(source.labels, count)
+        self.label_names, self.label_values = source.label_names, source.label_values
+
+    def _read(self, item: tuple[int, int], name: str, max_pixels: int) -> Image.Image:
+        view, index = item
+        image = self.source.open(index, max_pixels=max_pixels)
+        draw = random.Random(f"{self.seed} {view} {self.source.ids[index]}")
+        box = _random_box(*image.size, self.scale, draw)
+        out = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
+        return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else out
+
+    def _stamp(self, item: tuple[int, int]) -> str:
+        view, index = item
+        stamp = self.source._stamp(self.source._items[index])
+        return f"{stamp} view {view} {self.seed} {self.size} {self.scale}"
+
+
+def _random_box(width: int, height: int, scale: tuple[float, ...], draw: random.Random) -> tuple[float, ...]:
+    """(left, top, right, bottom): area and aspect drawn until they fit, ten times at most; then all of the image."""
+    for _ in range(10):
+        area = width * height * draw.uniform(*scale)
+        aspect = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 1 <= w <= width and 1 <= h <= height:
+            left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+            return left, top, left + w, top + h
+    return 0, 0, width, height

@@ -1,0 +1,233 @@
+"""The training loop of every method that learns: batches, schedule, checkpoints, progress, several processes.
+
+A method brings its parameters, its optimiser and a function from row numbers to losses; the loop does the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ood_core._files import write_atomically
+from ood_core.errors import DataError, UsageError
+
+__all__ = ["train"]
+
+History = list[dict[str, float]]
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    losses: Callable[[Tensor, int], dict[str, Tensor]],
+    *,
+    size: int,
+    epochs: int,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: Callable[[int], float],
+    seed: int,
+    drop_last: bool = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Minimise the sum of `losses` over shuffled batches.
+
+    The order of an epoch depends on (seed, epoch) only, so a run that goes on from its checkpoint ends as one that
+    was never stopped. Under `accelerate launch` or `torchrun` every process takes its share of each batch; gradients
+    are summed, so the result is that of one process. Terms that are no mean over the batch may simply be returned:
+    every process scales all terms by its share of the batch.
+
+    Args:
+        parameters: what is learned, by name; changed in place, and all that a checkpoint holds besides the
+            optimiser's state.
+        losses: (row numbers int64 [b], epoch) -> named scalars, whose sum is minimised.
+        size: number of training rows.
+        epochs: passes over them.
+        batch_size: rows per step, over all processes.
+        optimizer: of `parameters`.
+        learning_rate: epoch (from 0) -> rate; stepped once per epoch.
+        seed: of the order.
+        drop_last: leave out the last, smaller batch of an epoch, if it is not the only one.
+        checkpoint: file (safetensors) written after every epoch; None keeps nothing.
+        resume: go on from `checkpoint` if it is there.
+        recipe: everything the result depends on, kept in the checkpoint; another one is refused.
+        progress: a bar on stderr; None shows it on a terminal only.
+
+    Returns:
+        Per epoch the mean of every loss, their sum "loss", and "learning_rate".
+
+    Raises:
+        UsageError: no rows, or a checkpoint of another recipe.
+        DataError: a loss that is no longer finite, or an unreadable checkpoint.
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(1))
+        >>> history = train({"w": w}, lambda rows, epoch: {"square": w.square().sum()}, size=4, epochs=2, batch_size=2,
+        ...     optimizer=torch.optim.SGD([w], lr=0.1), learning_rate=lambda epoch: 0.1, seed=0)
+        >>> [round(epoch["loss"], 4) for epoch in history]
+        [0.82, 0.3359]
+    """
+    if size < 1:
+        raise UsageError("There is nothing to train on: give at least one labelled image.")
+    rank, world = _join_processes(next(iter(parameters.values())).device)
+    file = Path(checkpoint) if checkpoint else None
+    described = json.loads(json.dumps({"size": size, "batch_size": batch_size, "seed": seed, **(recipe or {})}))
+    history: History = []
+    if file is not None and resume and file.exists():
+        history = _restore(file, described, parameters, optimizer)
+    with _bar(epochs, len(history), progress and rank == 0 if progress is not None or rank else None) as tell:
+        for epoch in range(len(history), epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            batches = list(torch.randperm(size, generator=generator).split(batch_size))
+            if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
+                batches.pop()
+            sums: dict[str, float] = {}
+            for rows in batches:
+                means = _step(parameters, losses, optimizer, rows, epoch, rank, world)
+                if not all(map(_finite, means.values())):
+                    raise DataError(
+                        f"The loss is no longer finite in epoch {epoch + 1} ({means}): lower the learning rate "
+                        f"({learning_rate(epoch):g} now)."
+                    )
+                sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
+            averages = {name: value / len(batches) for name, value in sums.items()}
+            history.append(averages | {"loss": sum(averages.values()), "learning_rate": learning_rate(epoch)})
+            tell(history[-1])
+            if file is not None and rank == 0:
+                _save(file, described, parameters, optimizer, history)
+    return history
+
+
+def _step(
+    parameters: Mapping[str, nn.Parameter],
+    losses: Callable[[Tensor, int], dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    rows: Tensor,
+    epoch: int,
+    rank: int,
+    world: int,
+) -> dict[str, float]:
+    """One update; the losses over the whole batch."""
+    optimizer.zero_grad(set_to_none=True)
+    # A batch smaller than the number of processes is computed by the first, so that names and shapes agree.
+    mine = rows[rank::world] if len(rows) >= world else rows[: len(rows) if rank == 0 else 0]
+    share = len(mine) / len(rows)
+    parts: dict[str, Tensor] = {}
+    if len(mine):
+        parts = {name: value * share for name, value in losses(mine, epoch).items()}
+        torch.stack(list(parts.values())).sum().backward()
+    means = {name: value.item() for name, value in parts.items()}
+    if world > 1:
+        for parameter in parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+        everyone: list[dict[str, float]] = [{}] * world
+        dist.all_gather_object(everyone, means)
+        means = {name: sum(one.get(name, 0.0) for one in everyone) for name in everyone[0]}
+    optimizer.step()
+    return means
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _join_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, number of processes) as the launcher's environment says."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+# ---- checkpoints
+
+
+def _save(
+    file: Path,
+    recipe: dict[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+) -> None:
+    tensors = {f"parameter.{name}": value.detach().contiguous() for name, value in parameters.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
+    metadata = {"recipe": json.dumps(recipe), "history": json.dumps(history)}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata))
+
+
+def _restore(
+    file: Path, recipe: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> History:
+    try:
+        with safe_open(file, "pt") as saved:
+            metadata = saved.metadata()
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+        found, history = json.loads(metadata["recipe"]), json.loads(metadata["history"])
+    except Exception as error:
+        raise DataError(
+            f"{file} is no checkpoint of a training ({type(error).__name__}: {error}): remove it to start anew."
+        ) from error
+    if found != recipe:
+        changed = sorted(key for key in {*found, *recipe} if found.get(key) != recipe.get(key))
+        raise UsageError(
+            f"{file} is of a training with other settings ({', '.join(changed[:5])}): remove it, or give another "
+            "checkpoint file."
+        )
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(tensors[f"parameter.{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return history
+
+
+# ---- progress
+
+
+@contextmanager
+def _bar(total: int, done: int, show: bool | None) -> Iterator[Callable[[dict[str, float]], Any]]:
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda means: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=done)
+
+        def tell(means: dict[str, float]) -> None:
+            text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+            bar.update(task, advance=1, description=text)
+
+        yield tell
