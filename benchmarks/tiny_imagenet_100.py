@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ood_core import (
-    Backbone,
     FewShot,
     ParquetImages,
     create_backbone,
@@ -27,6 +26,7 @@ from ood_core import (
     list_detectors,
 )
 from ood_core._files import write_json
+from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
 from ood_core.prompts import text_features
 

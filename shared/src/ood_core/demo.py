@@ -66,7 +66,12 @@ def run_demo(out: str | Path, *, backbone: Backbone, seed: int = 0, say: Callabl
     usable = [name for name in names if _fits(name, backbone)]
     say(f"Scoring with {', '.join(usable)} on backbone {backbone.spec!r}")
     return evaluate(
-        {name: create_detector(name, backbone=backbone, class_names=train.label_names) for name in usable},
+        {
+            name: create_detector(
+                name, backbone=backbone, class_names=train.label_names, **detector_class(name).demo_options
+            )
+            for name in usable
+        },
         id=folders["id-test"],
         ood={name: folders[name] for name in SET_KINDS},
         fit=train,

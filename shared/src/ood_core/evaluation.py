@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
@@ -148,9 +149,11 @@ def evaluate(
         )
         for name in named
     }
+    accuracy = scored["id"][1]["accuracy"]
+    described = {name: {k: v for k, v in counts.items() if k != "accuracy"} for name, (_, counts) in scored.items()}
     data = {
-        "id": scored["id"][1],
-        "ood": {name: described for name, (_, described) in scored.items() if name != "id"},
+        "id": described.pop("id"),
+        "ood": described,
         "fit": _describe_data(fit),
         "calibration": _describe_data(calibrate),
         "convention": convention,
@@ -160,7 +163,7 @@ def evaluate(
     }
     results = {
         "schema": 1,
-        "detectors": {name: _figures(name, named[name], metrics[name], scores) for name in named},
+        "detectors": {name: _figures(name, named[name], metrics[name], scores, accuracy) for name in named},
         "environment": environment(named.values()) | {"seconds": round(time.monotonic() - started, 2), "seed": seed},
         "data": data,
     }
@@ -182,14 +185,19 @@ def score(
         **extraction: for `extract`.
 
     Returns:
-        The table, and what the set held: images scored, failures, fingerprint.
+        The table, and what the set held: images scored, failures, fingerprint, and "accuracy" by detector of those
+        that classify, where the labels are known classes.
     """
     tables: list[ScoreTable] = []
+    correct: dict[str, list[Tensor]] = {}
     for group, parts in _features_per_backbone(detectors, data, extraction):
         rows, counts, fingerprint = [], [0, 0], ""
         for part in parts:
             scores = {name: detector.score_features(part).numpy() for name, detector in group.items() if len(part)}
             rows.append(ScoreTable.of(part, scores, source=source))
+            for name, detector in group.items():
+                if len(part) and (hits := detector.correct(part)) is not None:
+                    correct.setdefault(name, []).append(hits)
             counts = [counts[0] + len(part), counts[1] + len(part.failures)]
             fingerprint = part.source
         tables.append(ScoreTable.concatenate(rows))
@@ -203,6 +211,7 @@ def score(
         "scored": counts[0],
         "failures": counts[1],
         "fingerprint": fingerprint,
+        "accuracy": {name: torch.cat(hits).double().mean().item() for name, hits in correct.items()},
     }
 
 
@@ -271,7 +280,9 @@ def _features_per_backbone(
         yield group, stream(backbone, source, needs=needs, **extraction)
 
 
-def _figures(name: str, detector: Detector, metrics: OODMetrics, scores: ScoreTable) -> dict[str, Any]:
+def _figures(
+    name: str, detector: Detector, metrics: OODMetrics, scores: ScoreTable, accuracy: dict[str, float]
+) -> dict[str, Any]:
     content = metrics.to_dict()
     figures = {
         "average": content["average"],
@@ -280,6 +291,8 @@ def _figures(name: str, detector: Detector, metrics: OODMetrics, scores: ScoreTa
         "template": detector.template,
         "prompt_hash": _prompt_hash(detector),
     }
+    if name in accuracy:
+        figures["accuracy"] = accuracy[name]
     if detector.threshold is not None:
         figures |= {"threshold": detector.threshold, "tpr": detector.tpr}
         figures["id_accepted"] = float((scores.scores(name, "id") >= detector.threshold).mean())

@@ -70,8 +70,8 @@ def train(
         Per epoch the mean of every loss, their sum "loss", and "learning_rate".
 
     Raises:
-        UsageError: no rows, or a checkpoint of another recipe.
-        DataError: a loss that is no longer finite, or an unreadable checkpoint.
+        UsageError: no rows, or a checkpoint of another recipe or of more epochs.
+        DataError: a loss or parameter that is no longer finite, or an unreadable checkpoint.
 
     Example:
         >>> w = nn.Parameter(torch.ones(1))
@@ -84,11 +84,16 @@ def train(
         raise UsageError("There is nothing to train on: give at least one labelled image.")
     rank, world = _join_processes(next(iter(parameters.values())).device)
     file = Path(checkpoint) if checkpoint else None
-    described = json.loads(json.dumps({"size": size, "batch_size": batch_size, "seed": seed, **(recipe or {})}))
+    settings = {"size": size, "batch_size": batch_size, "seed": seed, "drop_last": drop_last}
+    shapes = {name: list(value.shape) for name, value in parameters.items()}
+    learned = {"parameters": shapes, "optimizer": type(optimizer).__name__}
+    described = json.loads(json.dumps({**settings, **learned, **(recipe or {})}))
     history: History = []
     if file is not None and resume and file.exists():
         history = _restore(file, described, parameters, optimizer)
-    with _bar(epochs, len(history), progress and rank == 0 if progress is not None or rank else None) as tell:
+        if len(history) > epochs:
+            raise UsageError(f"{file} holds {len(history)} epochs, more than the {epochs} asked for: remove it.")
+    with _bar(epochs, len(history), False if rank else progress) as tell:
         for epoch in range(len(history), epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch)
@@ -100,16 +105,17 @@ def train(
             for rows in batches:
                 means = _step(parameters, losses, optimizer, rows, epoch, rank, world)
                 if not all(map(_finite, means.values())):
-                    raise DataError(
-                        f"The loss is no longer finite in epoch {epoch + 1} ({means}): lower the learning rate "
-                        f"({learning_rate(epoch):g} now)."
-                    )
+                    raise _diverged("loss", epoch, learning_rate, means)
                 sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
+            if broken := [name for name, value in parameters.items() if not value.isfinite().all()]:
+                raise _diverged(f"parameter {broken[0]!r}", epoch, learning_rate, sums)
             averages = {name: value / len(batches) for name, value in sums.items()}
             history.append(averages | {"loss": sum(averages.values()), "learning_rate": learning_rate(epoch)})
             tell(history[-1])
             if file is not None and rank == 0:
                 _save(file, described, parameters, optimizer, history)
+            if file is not None and world > 1:
+                dist.barrier()  # nobody reads the file before it is there
     return history
 
 
@@ -132,10 +138,11 @@ def _step(
         parts = {name: value * share for name, value in losses(mine, epoch).items()}
         torch.stack(list(parts.values())).sum().backward()
     means = {name: value.item() for name, value in parts.items()}
+    for parameter in parameters.values():
+        if parameter.grad is None:  # zero, not absent: the optimiser treats them alike in every number of processes
+            parameter.grad = torch.zeros_like(parameter)
     if world > 1:
         for parameter in parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
         everyone: list[dict[str, float]] = [{}] * world
         dist.all_gather_object(everyone, means)
@@ -148,12 +155,20 @@ def _finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
+def _diverged(what: str, epoch: int, learning_rate: Callable[[int], float], losses: dict[str, float]) -> DataError:
+    return DataError(
+        f"The {what} is no longer finite in epoch {epoch + 1} ({losses}): lower the learning rate "
+        f"({learning_rate(epoch):g} now)."
+    )
+
+
 def _join_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes) as the launcher's environment says."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Losses are gathered on the CPU: with NCCL alone they would all be sent by way of the first GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -1,8 +1,10 @@
-"""S-MCM, and the loss and classifier of intra-image mining (IIM), for CLIP-like models.
+"""Intra-image mining (IIM) and S-MCM: out-of-distribution detection with CLIP-like models from a few images.
 
-Given an image, its patches and class texts, S-MCM adds three numbers: the global softmax (MCM), the best
-patch-to-class matches and the best class-to-patch matches; higher = more in-distribution. Without negative
-prompts it needs no training and is the detector `s_mcm`. `functional` holds the equations.
+IIM keeps both encoders frozen and learns, from the patches of 1 to 16 labelled images per class, a text prompt per
+class and negative prompts: the patches that look most like the class are positives, the next ones hard negatives.
+S-MCM adds three numbers: the global softmax (MCM), the best patch-to-class matches and the best class-to-patch
+matches; higher = more in-distribution. Without negatives it needs no training and is the detector `s_mcm`; the trained
+one is `iim`. `functional` holds the equations.
 
 Chen, Fang & Xue, "Intra-image mining and symmetric maximum concept matching for few-shot out-of-distribution
 detection", AAAI 2026.
@@ -15,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_iim import functional
-    from ood_iim.detectors import SMCM
+    from ood_iim.detectors import IIM, SMCM
+    from ood_iim.explain import explain
+    from ood_iim.learner import PromptLearner
 
 __version__ = "0.1.0"
 
-__all__ = ["SMCM", "functional"]
+_HOMES = {"IIM": "detectors", "SMCM": "detectors", "PromptLearner": "learner", "explain": "explain"}
+__all__ = ["IIM", "SMCM", "PromptLearner", "explain", "functional"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return import_module("ood_iim.functional")
-    if name == "SMCM":
-        return import_module("ood_iim.detectors").SMCM
+    if name in _HOMES:
+        return getattr(import_module(f"ood_iim.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'ood_iim' has no attribute {name!r}")
 
 

@@ -1,17 +1,37 @@
-"""The zero-shot detector S-MCM* (no negative prompts)."""
+"""The detectors: S-MCM* without training, and IIM with learned prompts."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import copy
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
+import torch
 from ood_core import _check
-from ood_core.detectors.zero_shot import ZeroShot, default_k
-from ood_core.features import FeatureSet
+from ood_core._files import write_json
+from ood_core.backbones.base import Backbone
+from ood_core.data import load_batches, open_source
+from ood_core.data.augment import Views
+from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import Detector
+from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
+from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
+from ood_core.features import FeatureSet, extract
+from ood_core.functional import mcm
+from ood_core.ops import topk_patch_softmax
+from ood_core.training import train
 from torch import Tensor
 
 from ood_iim import functional
+from ood_iim.learner import PromptLearner, learning_rate
 
-__all__ = ["SMCM"]
+__all__ = ["IIM", "SMCM", "Components"]
 
 
 class SMCM(ZeroShot):
@@ -37,7 +57,7 @@ class SMCM(ZeroShot):
         super().__init__(**common)
         self.k = k if k is None else _check.integer("k", k, 1, 2**31)
         self.temperature = _check.positive("temperature", temperature)
-        self.alpha = functional.check_alpha(alpha)
+        self.alpha = functional.check_factor("alpha", alpha)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -49,3 +69,478 @@ class SMCM(ZeroShot):
         image, local = cast(Tensor, features.image), cast(Tensor, features.local)
         text, k = self._text(features), default_k(self.k, local.shape[1])
         return functional.s_mcm(image, local, text, text, k=k, temperature=self.temperature, alpha=self.alpha)
+
+
+class Components(NamedTuple):
+    """The terms of all MCM scores of one pass, for several k.
+
+    Attributes:
+        ks: the K values of k.
+        mcm: global match [N].
+        star: patch-to-class match without negatives [N, K].
+        image_to_text: the same with negatives [N, K]; `star` itself if there are none.
+        text_to_image: class-to-patch match [N, K], without alpha.
+    """
+
+    ks: tuple[int, ...]
+    mcm: Tensor
+    star: Tensor
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+    def scores(self, k: int, alpha: float = 1.0) -> dict[str, Tensor]:
+        """The six scores of the paper's Fig. 6 at one of the `ks`; GL-MCM is there if 1 is among them.
+
+        Raises:
+            ValueError: `k` is not among the `ks`.
+        """
+        _check.choice("k", k, self.ks)
+        at = self.ks.index(k)
+        found = {"mcm": self.mcm}
+        if 1 in self.ks:
+            found["gl_mcm"] = self.mcm + self.star[:, self.ks.index(1)]
+        found["r_mcm*"] = self.mcm + self.star[:, at]
+        found["r_mcm"] = self.mcm + self.image_to_text[:, at]
+        found["s_mcm*"] = found["r_mcm*"] + alpha * self.text_to_image[:, at]
+        found["s_mcm"] = found["r_mcm"] + alpha * self.text_to_image[:, at]
+        return found
+
+
+class IIM(Detector):
+    """Intra-image mining: prompts learned from the patches of a few labelled images, scored by S-MCM.
+
+    Both encoders stay frozen. `fit` learns a context per class, negative prompts and the text projection.
+
+    Args:
+        k: (patch, class) entries averaged in the score; None: 50 if the grid has at least 100 patches, else a
+            quarter of them.
+        temperature: divides the cosines of the score.
+        alpha: factor of the class-to-patch term.
+        negatives: "use" or "ignore" the negative prompts in the score (S-MCM or S-MCM*).
+        form: of the score with negatives, "paper" or "released".
+        train_k: positive patches per class in the losses; None as for `k`.
+        loss_form: of the negative loss, "paper" or "released".
+        region: hard negatives, "next" (ranks k + 1 to 2k) or "all" (k + 1 to P).
+        hard_negative_mining: other classes and negatives are read at their own best patches.
+        lambda_neg: factor of the negative loss.
+        lambda_div: factor of the diversity loss.
+        negative_prompts: C_n, their number; 0 for none.
+        context_length: learned tokens per prompt.
+        shared_context: one context for all classes.
+        context_init: words that contexts start from, instead of random vectors.
+        train_text_projection: learn the text tower's last linear map, too.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        learning_rate: of SGD, peak of the schedule.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        views: when fitted on images: augmented views encoded once and used in turn; 0 for new ones every epoch.
+        crop_scale: smallest share of the image's area in a view.
+        max_prompt_batch: prompts whose activations may be in memory at a time.
+        seed: of the start, the order and the views.
+        **common: see `create_detector`.
+
+    Attributes:
+        history: per epoch the weighted terms of the loss.
+
+    Source: Chen et al., AAAI 2026; defaults are the paper's.
+
+    Example:
+        >>> shots = FewShot(ImageFolder("train"), 16, seed=1)  # doctest: +SKIP
+        >>> detector = create_detector("iim", backbone="tiny").fit(shots)  # doctest: +SKIP
+        >>> detector.calibrate("held_out/").is_ood("new/")  # doctest: +SKIP
+    """
+
+    name = "iim"
+    capabilities = frozenset({"image", "local", "text", "prompts"})
+    default_template = "a photo of a {}."
+    remedy = "call fit(features or images) with a few labelled ID images per class first"
+    # Few classes and steps: fewer negatives, so that the demo is quick, and a higher rate, so that it learns at all.
+    demo_options: ClassVar[Mapping[str, Any]] = {"negative_prompts": 40, "epochs": 15, "learning_rate": 2e-3}
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        temperature: float = 1.0,
+        alpha: float = 1.0,
+        negatives: str = "use",
+        form: str = "paper",
+        train_k: int | None = None,
+        loss_form: str = "paper",
+        region: str = "next",
+        hard_negative_mining: bool = True,
+        lambda_neg: float = 5.0,
+        lambda_div: float = 0.5,
+        negative_prompts: int = 300,
+        context_length: int = 16,
+        shared_context: bool = False,
+        context_init: str | None = None,
+        train_text_projection: bool = True,
+        epochs: int = 50,
+        batch_size: int = 32,
+        learning_rate: float = 2.5e-4,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        views: int = 0,
+        crop_scale: float = 0.85,
+        max_prompt_batch: int | None = 512,
+        seed: int = 1,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
+        self.temperature = _check.positive("temperature", temperature)
+        self.alpha = functional.check_factor("alpha", alpha)
+        self.negatives = _check.choice("negatives", negatives, ("use", "ignore"))
+        self.form = _check.choice("form", form, ("paper", "released"))
+        self.train_k = train_k if train_k is None else _check.integer("train_k", train_k, 1, 2**31)
+        self.loss_form = _check.choice("loss_form", loss_form, ("paper", "released"))
+        self.region = _check.choice("region", region, ("next", "all"))
+        self.hard_negative_mining = hard_negative_mining
+        self.lambda_neg = functional.check_factor("lambda_neg", lambda_neg)
+        self.lambda_div = functional.check_factor("lambda_div", lambda_div)
+        self.negative_prompts = _check.integer("negative_prompts", negative_prompts, 0, 2**31)
+        self.context_length = _check.integer("context_length", context_length, 1, 2**31)
+        self.shared_context, self.context_init = shared_context, context_init
+        self.train_text_projection = train_text_projection
+        self.epochs = _check.integer("epochs", epochs, 1, 2**31)
+        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
+        self.learning_rate = _check.positive("learning_rate", learning_rate)
+        self.momentum = functional.check_factor("momentum", momentum)
+        self.weight_decay = functional.check_factor("weight_decay", weight_decay)
+        self.views = _check.integer("views", views, 0, 2**31)
+        self.crop_scale = _check.positive("crop_scale", crop_scale)
+        if self.crop_scale > 1:
+            raise ValueError(f"crop_scale={crop_scale} must be at most 1, the whole image.")
+        if max_prompt_batch is not None:
+            _check.integer("max_prompt_batch", max_prompt_batch, 1, 2**31)
+        self.max_prompt_batch = max_prompt_batch
+        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Image and local features."""
+        return frozenset({"image", "local"})
+
+    @property
+    def fit_options(self) -> frozenset[str]:  # type: ignore[override]
+        """All but those of the score and of the memory."""
+        others = {"k", "temperature", "alpha", "negatives", "form", "max_prompt_batch"}
+        return frozenset(self._option_names()) - others
+
+    # ---- training
+
+    def fit(
+        self,
+        images: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        resume: bool = True,
+        cache: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Learn the prompts.
+
+        Args:
+            images: labelled ID images (a source, a folder, ...), augmented as `views` says; or their features.
+            checkpoint: file that keeps the learned tensors after every epoch.
+            resume: go on from it.
+            cache: folder for the features of `views` > 0.
+            progress: a bar on stderr; None shows it on a terminal only.
+
+        Raises:
+            UsageError: a backbone without prompts, or one class only.
+            DataError: images without labels, unknown or ambiguous labels, or a loss that is no longer finite.
+            ValueError: `train_k` too large for the grid, or a class name too long for the text tower.
+        """
+        backbone = self._required_backbone()
+        if isinstance(images, FeatureSet):
+            self._check_features(images)
+            described = images
+        else:
+            images = open_source(images)
+            described = FeatureSet(
+                ids=list(images.ids),
+                labels=None if images.labels is None else torch.as_tensor(images.labels),
+                label_names=list(images.label_names),
+                source=images.fingerprint,
+            )
+        labels = self._labels(described)
+        if backbone.grid is None or len(self.class_names) < 2:
+            raise UsageError(
+                f"{self.name!r} needs at least two classes, got {self.class_names}: a softmax over one is always 1."
+            )
+        self._class_texts(backbone)  # a template that does not fit shows here, not after the training
+        learner = self._learner(backbone)
+        options = {name: getattr(self, name) for name in ("lambda_neg", "lambda_div", "region", "hard_negative_mining")}
+        options |= {"form": self.loss_form, "k": self._training_k(math.prod(backbone.grid))}
+        patches = self._patches(backbone, images, cache, progress)
+        self.history = train(
+            learner.learned(),
+            lambda rows, epoch: learner.losses(patches(rows, epoch), labels[rows], **options),
+            size=len(labels),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=torch.optim.SGD(
+                learner.learned().values(),
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            ),
+            learning_rate=partial(learning_rate, peak=self.learning_rate, epochs=self.epochs),
+            seed=self.seed,
+            drop_last=True,
+            checkpoint=checkpoint,
+            resume=resume,
+            recipe={
+                **{name: getattr(self, name) for name in sorted(self.fit_options)},
+                "class_names": self.class_names,
+                "backbone": backbone.fingerprint,
+                "images": _digest(described, isinstance(images, FeatureSet)),
+            },
+            progress=progress,
+        )
+        self._take(backbone, learner)
+        return self
+
+    def _labels(self, features: FeatureSet) -> Tensor:
+        """Label numbers; a name given twice is told apart only where the labels' list is the class list itself."""
+        names = self.class_names or list(features.label_names)
+        plain = Counter(name.replace("_", " ").strip() for name in names)
+        doubled = [name for name, count in plain.items() if count > 1]
+        if doubled and names != list(features.label_names):
+            raise DataError(f"Class names {doubled[:5]} are given twice: labels cannot tell them apart. Rename one.")
+        return self._class_labels(features)
+
+    def _patches(
+        self, backbone: Backbone, images: FeatureSet | ImageSource, cache: str | Path | None, progress: bool | None
+    ) -> _Patches:
+        if isinstance(images, FeatureSet):
+            return _Rows(images.local)
+        make = partial(Views, images, size=backbone.transform.crop, scale=(self.crop_scale, 1.0), seed=self.seed)
+        if not self.views:
+            return _Live(backbone, make)
+        return _Rows(extract(backbone, make(self.views), {"local"}, cache=cache, progress=progress).local, self.views)
+
+    def _training_k(self, patches: int) -> int:
+        """Positive patches per class; the negative loss needs as many, or one at least, behind them."""
+        most, why = patches, f"the grid has {patches} patches"
+        if self.lambda_neg and self.negative_prompts:
+            most = patches // 2 if self.region == "next" else patches - 1
+            why = f"the hard negatives are patches behind the train_k best of {patches}: lower train_k"
+        return _check.integer("train_k", default_k(self.train_k, patches), 1, most, why)
+
+    def _learner(self, backbone: Backbone) -> PromptLearner:
+        return PromptLearner(
+            backbone,
+            self.class_names,
+            negatives=self.negative_prompts,
+            context_length=self.context_length,
+            shared_context=self.shared_context,
+            context_init=self.context_init,
+            train_text_projection=self.train_text_projection,
+            max_prompt_batch=self.max_prompt_batch,
+            seed=self.seed,
+        )
+
+    @torch.no_grad()
+    def _take(self, backbone: Backbone, learner: PromptLearner) -> None:
+        """Keep the learned tensors and the text features they give; forget an earlier calibration."""
+        text, negatives = learner()
+        tensors = {name: value.detach() for name, value in learner.named_parameters()}
+        tensors |= {"text": self._class_texts(backbone), "local_text": text, "negatives": negatives}
+        self.state = {name: value.cpu().clone() for name, value in tensors.items() if value.numel()}
+        self.threshold, self.tpr, self._calibration = None, None, None
+
+    # ---- scores
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        text, local_text, negatives = self._texts(features)
+        return functional.s_mcm(
+            features.image,
+            features.local,
+            text,
+            local_text,
+            negatives if self.negatives == "use" else None,
+            k=default_k(self.k, features.local.shape[1]),
+            temperature=self.temperature,
+            alpha=self.alpha,
+            form=self.form,
+        )
+
+    def _texts(self, features: FeatureSet) -> tuple[Tensor, Tensor, Tensor | None]:
+        device = features.image.device
+        negatives = self.state.get("negatives")
+        return (
+            self.state["text"].to(device),
+            self.state["local_text"].to(device),
+            None if negatives is None else negatives.to(device),
+        )
+
+    @torch.no_grad()
+    def components(
+        self, features: FeatureSet, *, ks: Sequence[int] | None = None, temperature: float | None = None
+    ) -> Components:
+        """The terms of every score, for several k from one pass ("paper" form).
+
+        Args:
+            features: with image and local features.
+            ks: values of k; None: 1 and this detector's own.
+            temperature: None: this detector's own.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: no k, or `ks` or `temperature` out of range.
+        """
+        self._check_scorable(features)
+        ks = tuple(sorted({1, default_k(self.k, features.local.shape[1])}) if ks is None else ks)
+        temperature = self.temperature if temperature is None else temperature
+        text, local_text, negatives = self._texts(features)
+        global_match = mcm(features.image, text, temperature=temperature)
+        star = topk_patch_softmax(features.local, local_text, k=ks, temperature=temperature)
+        with_negatives = star.image_to_text
+        if negatives is not None:
+            with_negatives = topk_patch_softmax(
+                features.local, local_text, negatives, k=ks, temperature=temperature
+            ).image_to_text
+        return Components(ks, global_match, star.image_to_text, with_negatives, star.text_to_image)
+
+    def _predict(self, features: FeatureSet) -> Tensor:
+        text, local_text, _ = self._texts(features)
+        patches = features.local.shape[1]
+        k = min(default_k(self.k, patches), patches)
+        return functional.id_logits(features.image, features.local, text, local_text, k=k).argmax(1)
+
+    def variants(self) -> dict[str, Detector]:
+        """The six scores of the paper's Fig. 6 on the learned prompts, as detectors of their own.
+
+        "mcm", "gl_mcm", "r_mcm*", "r_mcm", "s_mcm*", "s_mcm"; a star ignores the negatives.
+        """
+        if not self.fitted:
+            raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
+        plain = MCM(class_names=self.class_names, template=self.template, temperature=self.temperature)
+        plain.state = {"text": self.state["text"]}
+        plain._backbone, plain._backbone_record = self._backbone, self._backbone_record
+        options: dict[str, dict[str, Any]] = {
+            "gl_mcm": {"k": 1, "alpha": 0.0, "negatives": "ignore"},
+            "r_mcm*": {"alpha": 0.0, "negatives": "ignore"},
+            "r_mcm": {"alpha": 0.0, "negatives": "use"},
+            "s_mcm*": {"negatives": "ignore"},
+            "s_mcm": {"negatives": "use"},
+        }
+        return {"mcm": plain} | {name: copy.copy(self).set_params(**changed) for name, changed in options.items()}
+
+    # ---- storage
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `model.safetensors` (learned tensors and text features) and `training.json`."""
+        super().save_pretrained(folder)
+        write_json(Path(folder) / "training.json", self.history)
+
+    @classmethod
+    def _empty(cls, path: Path, config: dict[str, Any]) -> Self:
+        made = super()._empty(path, config)
+        file = path / "training.json"
+        if file.is_file():  # a repository on the hub is fetched without it
+            try:
+                made.history = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DataError(f"{file} is no record of a training ({error}): remove it.") from error
+        return made
+
+    @classmethod
+    def from_released(
+        cls, path: str | Path, *, backbone: Backbone | str, class_names: Sequence[str], **options: Any
+    ) -> Self:
+        """Import a checkpoint of the released code (a `model.pth.tar-50`); no code in it is run.
+
+        Args:
+            path: the file.
+            backbone: the CLIP model it was trained on.
+            class_names: C names in the order of its labels.
+            **options: of the detector.
+
+        Raises:
+            MissingDataError: no such file.
+            DataError: a file without the three learned tensors, or one with objects that code of its own would make.
+            UsageError: sizes that do not fit the class list or the backbone.
+        """
+        tensors = _released_tensors(Path(path))
+        contexts, negatives = tensors["context"], tensors["negative_context"]
+        options |= {"negative_prompts": len(negatives), "context_length": contexts.shape[-2]}
+        made = cls(class_names=class_names, **options)
+        made._set_backbone(backbone)
+        learner = made._learner(made._required_backbone())
+        learner.load(tensors)
+        made._take(made._required_backbone(), learner)
+        return made
+
+
+def _digest(images: FeatureSet, extracted: bool) -> str:
+    """Changes with the images, their labels and whether they are features already."""
+    labels = None if images.labels is None else images.labels.tolist()
+    content = json.dumps([extracted, images.source, images.ids, labels, images.label_names])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+_Patches = Callable[[Tensor, int], Tensor]
+"""(rows [b], epoch) -> patch features [b, P, d]."""
+
+
+class _Rows:
+    """Patch features of V views of N images in memory, view after view; epoch e uses view e mod V."""
+
+    def __init__(self, local: Tensor, views: int = 1) -> None:
+        self.local = local.unflatten(0, (views, -1))
+
+    def __call__(self, rows: Tensor, epoch: int) -> Tensor:
+        return self.local[epoch % len(self.local)][rows]
+
+
+class _Live:
+    """Patch features of views that are new in every epoch, encoded batch by batch."""
+
+    def __init__(self, backbone: Backbone, make: Callable[..., Views]) -> None:
+        self.backbone, self.make, self.epoch = backbone, make, -1
+
+    def __call__(self, rows: Tensor, epoch: int) -> Tensor:
+        if epoch != self.epoch:
+            self.epoch, self.source = epoch, self.make(1, first=epoch)
+        (batch,) = load_batches(self.source, self.backbone.transform, [rows.tolist()], progress=False)
+        return self.backbone.encode(batch.pixels, {"local"})["local"]
+
+
+_RELEASED = {
+    "context": ("prompt_learner.local_ctx", 3),
+    "negative_context": ("prompt_learner.neg_ctx", 3),
+    "text_projection": ("text_encoder.text_projection", 2),
+}
+"""Our name -> theirs and the number of dimensions."""
+
+# The released code saves its schedule with its optimiser as objects beside the tensors; PyTorch allows neither by
+# itself. They are rebuilt from plain values and dropped.
+_HARMLESS: list[Any] = [torch.optim.lr_scheduler.CosineAnnealingLR, torch.optim.SGD, defaultdict, dict]
+
+
+def _released_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise MissingDataError(
+            f"There is no checkpoint {path}: the released code writes prompt_learner/model.pth.tar-50."
+        )
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        raise DataError(
+            f"{path} is no checkpoint of tensors only ({type(error).__name__}: {reason.partition('. ')[0]})."
+        ) from error
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    for key, dimensions in _RELEASED.values():
+        if not isinstance(state.get(key), Tensor) or state[key].ndim != dimensions:
+            raise DataError(
+                f"{path} is no checkpoint of the released IIM code: it has no {key!r} of {dimensions} dimensions."
+            )
+    return {name: state[key].float() for name, (key, _) in _RELEASED.items()}

@@ -1,8 +1,8 @@
 """S-MCM and parts of intra-image mining as pure functions on tensors; higher score = more in-distribution.
 
 `image`, `local`, `global_text`, `local_text` and `negatives` are unit-norm; logits are cosines times the model's logit
-scale. float64 stays float64, everything else is computed in float32. N images, P patches, C classes, M negatives, d width. Equations: Chen et al.,
-AAAI 2026.
+scale. float64 stays float64, everything else is computed in float32. N images, P patches, C classes, M negatives,
+d width. Equations: Chen et al., AAAI 2026.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def s_mcm(
         negatives=(negatives, "M d"),
     )
     _check.choice("form", form, ("paper", "released"))
-    check_alpha(alpha)
+    check_factor("alpha", alpha)
     match = topk_patch_softmax(local, local_text, negatives, k=k, temperature=temperature)
     image_to_text = match.image_to_text
     if form == "released" and negatives is not None:
@@ -268,15 +268,15 @@ def _mean_pair_cosine(x: Tensor) -> Tensor:
     return twice / max(1, len(x) * (len(x) - 1))
 
 
-def check_alpha(alpha: float) -> float:
-    """Check the factor of the class-to-patch term: a finite number, at least 0.
+def check_factor(name: str, value: float) -> float:
+    """Check the factor of a term: a finite number, at least 0.
 
     Raises:
         TypeError: not a number.
         ValueError: negative, infinite or NaN.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"alpha must be a number, got {alpha!r}.")
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha={alpha} must be a finite number, at least 0.")
-    return float(alpha)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value} must be a finite number, at least 0.")
+    return float(value)

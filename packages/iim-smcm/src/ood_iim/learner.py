@@ -46,7 +46,7 @@ class PromptLearner(nn.Module):
         context_init: words that the class contexts start from ("a photo of a"), in place of random vectors; their
             number of tokens is then the context length.
         train_text_projection: learn the last linear map of the text tower, too.
-        max_prompt_batch: prompts per text pass, see `Backbone.encode_prompts`.
+        max_prompt_batch: bounds the memory, see `max_batch` of `Backbone.encode_prompts`.
         seed: of the random start.
 
     Attributes:
@@ -75,7 +75,7 @@ class PromptLearner(nn.Module):
         shared_context: bool = False,
         context_init: str | None = None,
         train_text_projection: bool = True,
-        max_prompt_batch: int | None = 256,
+        max_prompt_batch: int | None = 512,
         seed: int = 1,
     ) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ def value_path(block: BlockParts, x: Tensor) -> Tensor:
         return x + block.scale2(block.norm2(block.mlp(x)))
     x = x + block.scale1(block.out(block.value(block.norm1(x))))
     return x + block.scale2(block.mlp(block.norm2(x)))
+
+
+# Prompts per text pass: enough to fill a processor, few enough to be of like length.
+_PROMPTS = 64
 
 
 class Backbone(ABC):
@@ -304,8 +309,8 @@ class Backbone(ABC):
             context: [C, n, D] per class or [n, D] shared, D the width of the token embedding.
             class_names: C names; underscores are spaces.
             projection: [D, d] in place of the model's own `text_projection`.
-            max_batch: prompts per pass. More prompts run in several passes, short ones together, and with
-                gradients each pass is computed again in the backward pass, so that only one is ever held in memory.
+            max_batch: with more prompts than this, the activations of a pass are not kept for the gradient but
+                computed again, so that those of at most `max_batch` prompts are ever in memory.
 
         Raises:
             ValueError: shapes that do not fit, or a name too long for the text tower's context.
@@ -328,17 +333,13 @@ class Backbone(ABC):
                 f"text tower takes {self.context_length}. Shorten the name or the context."
             )
         context = context.to(self.device, words.dtype)
-        size = max_batch or len(names)
-        if size >= len(names):
-            features = self._encode_prompt_chunk(context, words, end, projection)
-        else:
-            order = end.argsort(stable=True)
-            chunks = [
-                checkpoint(self._encode_prompt_chunk, context[i], words[i], end[i], projection, use_reentrant=False)
-                for i in order.split(size)
-            ]
-            features = torch.cat(chunks)[order.argsort()]
-        return F.normalize(features, dim=-1)
+        order = end.argsort(stable=True)  # prompts of like length together: little is padded
+        encode: Any = self._encode_prompt_chunk
+        if max_batch is not None and max_batch < len(names):
+            encode = partial(checkpoint, encode, use_reentrant=False)
+        size = min(max_batch or len(names), _PROMPTS)
+        features = torch.cat([encode(context[i], words[i], end[i], projection) for i in order.split(size)])
+        return F.normalize(features[order.argsort()], dim=-1)
 
     def _prompt_words(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Token embeddings [C, L, D] of "NAME." and their end positions [C], kept for the next step of a training."""

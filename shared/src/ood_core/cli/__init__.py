@@ -11,7 +11,9 @@ from ood_core.cli.common import (
     add_backbone_arguments,
     add_command,
     add_detector_arguments,
+    add_evaluation_arguments,
     add_extraction_arguments,
+    add_score_arguments,
     run,
 )
 
@@ -55,21 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     extract.set_defaults(cache_required=True)
 
     score = add_command(verbs, "score", commands.score, "score images")
-    score.add_argument("source", metavar="SOURCE")
-    add_detector_arguments(score)
-    score.add_argument("--out", metavar="FILE.parquet", help="score table to write")
-    score.add_argument("--json", action="store_true", help="print one JSON list of rows")
+    add_score_arguments(score)
 
     evaluate = add_command(verbs, "evaluate", commands.evaluate, "judge detectors on ID and OOD sets")
     add_detector_arguments(evaluate)
-    evaluate.add_argument("--id", metavar="SOURCE", required=True, help="ID test images")
-    evaluate.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=True)
-    evaluate.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
-    evaluate.add_argument(
-        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
-    )
-    evaluate.add_argument("--bootstrap", type=int, default=0, metavar="N", help="replicates for 95 %% intervals")
-    evaluate.add_argument("--seed", type=int, default=0)
+    add_evaluation_arguments(evaluate)
     evaluate.add_argument("--out", metavar="DIR", required=True)
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
 

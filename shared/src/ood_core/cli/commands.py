@@ -26,7 +26,7 @@ def demo(args: argparse.Namespace) -> None:
     from ood_core.demo import run_demo
 
     found = run_demo(args.out, backbone=load_backbone(args), seed=args.seed, say=message)
-    _show(found, args)
+    show(found, args)
     message(f"Report: {Path(args.out) / 'report.html'}")
 
 
@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> None:
         out=args.out,
         **extraction_options(args),
     )
-    _show(found, args)
+    show(found, args)
     message(f"Results: {args.out}")
 
 
@@ -167,7 +167,8 @@ def report(args: argparse.Namespace) -> None:
     message(f"Report: {folder / 'report.html'}")
 
 
-def _show(found: Any, args: argparse.Namespace) -> None:
+def show(found: Any, args: argparse.Namespace) -> None:
+    """Print an evaluation, as a table or as JSON."""
     if args.json:
         print_json(found.results)
         return

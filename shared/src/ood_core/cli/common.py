@@ -107,6 +107,26 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     add_extraction_arguments(parser)
 
 
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `score` of every command takes."""
+    parser.add_argument("source", metavar="SOURCE")
+    add_detector_arguments(parser)
+    parser.add_argument("--out", metavar="FILE.parquet", help="score table to write")
+    parser.add_argument("--json", action="store_true", help="print one JSON list of rows")
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """--id, --ood, --calibrate, --convention, --bootstrap, --seed."""
+    parser.add_argument("--id", metavar="SOURCE", required=True, help="ID test images")
+    parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=True)
+    parser.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
+    parser.add_argument(
+        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
+    )
+    parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="replicates for 95 %% intervals")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def extraction_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `extract` from the command line."""
     return {name: getattr(args, name) for name in ("cache", "on_error", "batch_size", "workers")}
@@ -151,7 +171,7 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     from ood_core.detectors import create_detector, detector_class
     from ood_core.detectors.base import Detector
 
-    options = dict(_parse_param(pair) for pair in args.param)
+    options = dict(map(parse_param, args.param))
     known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given)._option_names()}
     if unused := sorted(set(options) - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
@@ -176,7 +196,8 @@ def _is_saved(given: str) -> bool:
     return (Path(given) / "config.json").is_file()
 
 
-def _parse_param(pair: str) -> tuple[str, Any]:
+def parse_param(pair: str) -> tuple[str, Any]:
+    """KEY=VALUE as a key and a JSON value, or the text itself."""
     name, found, value = pair.partition("=")
     if not found:
         raise UsageError(f"--param {pair!r} must be KEY=VALUE, e.g. --param k=16.")

@@ -70,13 +70,21 @@ class Views(ImageSource):
         return f"{stamp} view {view} {self.seed} {self.size} {self.scale}"
 
 
-def _random_box(width: int, height: int, scale: tuple[float, ...], draw: random.Random) -> tuple[float, ...]:
-    """(left, top, right, bottom): area and aspect drawn until they fit, ten times at most; then all of the image."""
+def _random_box(width: int, height: int, scale: tuple[float, ...], draw: random.Random) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom): area and aspect drawn until they fit, ten times at most.
+
+    Then the largest part from the middle whose aspect is allowed, as torchvision's RandomResizedCrop: an image wider
+    than 3:2 hardly ever holds a crop of 85 % of its area, and squeezing all of it would distort it.
+    """
+    narrowest, widest = 3 / 4, 4 / 3
     for _ in range(10):
         area = width * height * draw.uniform(*scale)
-        aspect = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        aspect = math.exp(draw.uniform(math.log(narrowest), math.log(widest)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 1 <= w <= width and 1 <= h <= height:
             left, top = draw.randint(0, width - w), draw.randint(0, height - h)
             return left, top, left + w, top + h
-    return 0, 0, width, height
+    w = min(width, max(1, round(height * widest)))
+    h = min(height, max(1, round(width / narrowest)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h

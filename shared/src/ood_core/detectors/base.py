@@ -9,7 +9,7 @@ import inspect
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -49,6 +49,7 @@ class Detector(ABC):
         name: the name in the registry.
         capabilities: what it needs of a backbone in any configuration.
         fit_options: options that `fit` depends on.
+        demo_options: options for the demo's few classes, where the defaults would take long.
         class_names: the known classes, in the order of logits; empty until known.
         state: named tensors, saved as safetensors.
         threshold: scores below it are OOD; None before `calibrate`.
@@ -64,6 +65,7 @@ class Detector(ABC):
     default_template: ClassVar[str] = "a photo of a {}"
     remedy: ClassVar[str] = "call fit(features) with ID images first"
     chunk: ClassVar[int] = 512
+    demo_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -97,6 +99,10 @@ class Detector(ABC):
     @abstractmethod
     def _score(self, features: FeatureSet) -> Tensor:
         """Scores [N] of a chunk of features."""
+
+    def _predict(self, features: FeatureSet) -> Tensor | None:
+        """Class numbers [N] of a chunk of features, for methods that also classify."""
+        return None
 
     def _fit(self, features: FeatureSet) -> None:  # noqa: B027
         """Learn from features; nothing to do for training-free detectors."""
@@ -182,11 +188,42 @@ class Detector(ABC):
             NotFittedError: before `fit`, for methods that need it.
             UsageError: features that lack what the method needs, or of another backbone.
         """
+        self._check_scorable(features)
+        starts = range(0, len(features), self.chunk)
+        return torch.cat([self._score(features[start : start + self.chunk]) for start in starts]).float().cpu()
+
+    @torch.no_grad()
+    def predict(self, features: FeatureSet) -> Tensor | None:
+        """The most likely known class of every image, int64 [N], an index into `class_names`.
+
+        Returns:
+            None for methods that do not classify.
+
+        Raises:
+            NotFittedError: before `fit`, for methods that need it.
+            UsageError: features that lack what the method needs, or of another backbone.
+        """
+        self._check_scorable(features)
+        starts = range(0, len(features), self.chunk)
+        parts = [self._predict(features[start : start + self.chunk]) for start in starts]
+        return None if parts[0] is None else torch.cat([part for part in parts if part is not None]).cpu()
+
+    def correct(self, features: FeatureSet) -> Tensor | None:
+        """Which predictions are right, bool [M], of the images whose label is one of `class_names`.
+
+        Returns:
+            None for methods that do not classify, and for images without such labels.
+        """
+        predicted = None if features.labels is None else self.predict(features)
+        if predicted is None:
+            return None
+        labels = _match(features.label_names, self.class_names)[features.labels]
+        return (predicted == labels)[labels >= 0] if bool((labels >= 0).any()) else None
+
+    def _check_scorable(self, features: FeatureSet) -> None:
         self._check_features(features)
         if not self.fitted:
             raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
-        starts = range(0, len(features), self.chunk)
-        return torch.cat([self._score(features[start : start + self.chunk]) for start in starts]).float().cpu()
 
     def score(self, images: Any, **options: Any) -> Tensor:
         """Scores of images, float32 [N].
@@ -292,16 +329,15 @@ class Detector(ABC):
             raise DataError(f"{self.name!r} needs labelled images to fit; these have no labels.")
         if not self.class_names:
             self.class_names = list(features.label_names)
-        known = {_plain(name): index for index, name in enumerate(self.class_names)}
-        used = [features.label_names[i] for i in sorted(set(features.labels.tolist()) - {-1})]
-        if unknown := [name for name in used if _plain(name) not in known]:
+        table = _match(features.label_names, self.class_names)
+        used = sorted(set(features.labels.tolist()) - {-1})
+        if unknown := [features.label_names[i] for i in used if table[i] < 0]:
             raise DataError(
-                f"Labels {unknown[:5]} are not among the detector's {len(known)} class names ({self.class_names[:5]}"
-                " ...). Give class_names that match the labels."
+                f"Labels {unknown[:5]} are not among the detector's {len(self.class_names)} class names "
+                f"({self.class_names[:5]} ...). Give class_names that match the labels."
             )
         if (features.labels < 0).any():
             raise DataError(f"{int((features.labels < 0).sum())} of the images to fit on have no label.")
-        table = torch.tensor([known.get(_plain(name), -1) for name in features.label_names])
         return table[features.labels]
 
     # ---- parameters
@@ -399,6 +435,17 @@ class Detector(ABC):
 
 # Parameters of every detector's __init__ that are no options of its method.
 _COMMON = ("self", "class_names", "template", "common")
+
+
+def _match(label_names: Sequence[str], class_names: Sequence[str]) -> Tensor:
+    """Index into `class_names` of every label name, -1 where it is not among them; and a last -1 for no label.
+
+    Lists that are equal match by position, so that a name that occurs twice (ImageNet has two) stays two classes.
+    """
+    if list(label_names) == list(class_names):
+        return torch.tensor([*range(len(class_names)), -1])
+    known = {_plain(name): index for index, name in enumerate(class_names)}
+    return torch.tensor([*(known.get(_plain(name), -1) for name in label_names), -1])
 
 
 def _plain(name: str) -> str:

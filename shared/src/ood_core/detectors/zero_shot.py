@@ -38,6 +38,9 @@ class ZeroShot(Detector):
         if "text" not in self.state:
             self.state["text"] = self._class_texts(backbone)
 
+    def _predict(self, features: FeatureSet) -> Tensor:
+        return (features.image @ self._text(features).T).argmax(1)
+
     def _text(self, features: FeatureSet) -> Tensor:
         return self.state["text"].to(features.image.device)
 

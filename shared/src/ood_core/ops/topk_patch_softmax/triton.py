@@ -6,13 +6,13 @@ the other. The k largest entries of a matrix lie in the k groups with the larges
 among equal maxima: an entry outside is no larger than k others inside. So
 
 1. `_tile_sums` multiplies once and keeps of every tile each row's and each column's maximum and sum of exponentials:
-   from these follow all logsumexp and all group maxima, in memory 1 / TILE of the logits;
+   from these follow all logsumexp and all group maxima, in 4 / TILE of the memory of the logits;
 2. `torch.topk` takes the k best groups of every image (equal values need no care, nothing waits for the host);
 3. `_group_entries` multiplies these groups again, and `torch.topk` takes the k largest of k * TILE entries.
 
-Only the k winners are exponentiated again. Step 1 is nearly all of the work: 2 N P (C + M) d FLOP in full float32,
-(C + M) / TILE reads of `local` (from the second-level cache), so it is bound by arithmetic. Step 3 reads
-2 N k TILE d numbers.
+Only the k winners are exponentiated again. Step 1 is nearly all of the work: 2 N P (C + M) d FLOP in full float32 at
+TILE / 4 FLOP per byte, most of them from the second-level cache, so arithmetic should bound it. Step 3 reads
+2 N k TILE d numbers. Nothing here has been timed on a GPU.
 
 Traps: padded rows and columns give logit 0, so each reduction masks its own axis only, which leaves no all -inf slice
 and no NaN; a tile never holds both classes and negatives, because the latter enter denominators only; tf32, the
@@ -32,7 +32,7 @@ from ood_core.ops.topk_patch_softmax.torch import chunked
 _TILE, _DEPTH = 64, 16
 # Fusion is named because its default changes between versions of Triton.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# The kept groups may take at most this fraction of the memory of the probabilities that they replace.
+# Entries in the kept groups, at most, as a fraction of all P * C. Below 1, so there are always more than k groups.
 _KEPT = 0.25
 
 
@@ -41,8 +41,8 @@ def tiled(
 ) -> tuple[Tensor, Tensor]:
     """Image-to-text and text-to-image means, each [N, K] for the K values in `ks`; without gradients.
 
-    float64 goes to the torch backend, and so does a k so large that the groups kept would be a quarter of all entries
-    or more (k * TILE against P * C), where skipping the others saves nothing.
+    float64 goes to the torch backend, and so does a k whose groups would hold more than a quarter of all entries
+    (k * TILE against P * C): skipping the others would save little.
     """
     patches, classes = local.shape[1], len(text)
     if local.dtype != torch.float32 or max(ks) * _TILE > _KEPT * patches * classes:
@@ -52,8 +52,8 @@ def tiled(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(local):
         per_patch, per_class = _all_tile_sums(local, columns, classes, 1 / temperature)
-        image_to_text = _means_of_largest(local, text[None], *per_patch, ks, 1 / temperature)
-        text_to_image = _means_of_largest(text[None], local, *per_class, ks, 1 / temperature)
+        image_to_text = _means_of_largest(local, text[None], per_patch, ks, 1 / temperature)
+        text_to_image = _means_of_largest(text[None], local, per_class, ks, 1 / temperature)
     return image_to_text, text_to_image * (patches / classes)
 
 
@@ -87,12 +87,13 @@ def _all_tile_sums(local: Tensor, columns: Tensor, classes: int, scale: float) -
     return per_patch, per_class
 
 
-def _means_of_largest(rows: Tensor, columns: Tensor, top: Tensor, total: Tensor, ks: list[int], scale: float) -> Tensor:
+def _means_of_largest(rows: Tensor, columns: Tensor, sums: Tensor, ks: list[int], scale: float) -> Tensor:
     """Means of exp of the k largest of scale * rows @ columns.T - logsumexp, for every k: [N, K].
 
-    rows [N or 1, R, d], columns [N or 1, S, d]; `top` and `total` [N, tiles, R] are the rows' maxima and sums of
-    exponentials per tile of columns, the S that compete first.
+    rows [N or 1, R, d], columns [N or 1, S, d]; `sums` [2, N, tiles, R] are the rows' maxima and sums of exponentials
+    per tile of columns, those of the S first.
     """
+    top, total = sums
     images, _, row_count = top.shape
     column_count, most = columns.shape[1], max(ks)
     peak = top.amax(1)
@@ -168,10 +169,10 @@ def _tile_sums(
     tl.store(patch_top + at, top, patch_in)
     tl.store(patch_sum + at, tl.sum(tl.exp(over_columns - top[:, None]), 1), patch_in)
 
-    # No column of negatives is below C: class sums only.
     over_patches = tl.where(patch_in[:, None], logits, float("-inf"))
     top = tl.max(over_patches, 0)
     at = (image * patch_tiles + patch_tile) * C + column
+    # Columns of negatives are not below C.
     tl.store(class_top + at, top, column < C)
     tl.store(class_sum + at, tl.sum(tl.exp(over_patches - top[None, :]), 0), column < C)
 

@@ -1,0 +1,113 @@
+"""The script that trains the embedded backbone, on a miniature pack: resuming, continuing, exporting."""
+
+import importlib.util
+import io
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ood_core.backbones.open_clip import OpenCLIPBackbone
+from ood_core.backbones.transform import ImageTransform
+from ood_core.tiny import ByteTokenizer, TinyConfig, load_model
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "tools" / "train_tiny.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_tiny"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """Three classes of four pictures in each of the two files."""
+    folder = tmp_path_factory.mktemp("packs")
+    rng = np.random.default_rng(0)
+    for file in ("tiny-imagenet.parquet", "tiny-imagenet-more.parquet"):
+        rows = []
+        for label in range(3):
+            for _ in range(4):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "png")
+                name = f"thing {label}"
+                rows.append({"image": buffer.getvalue(), "label": f"n{label}", "split": "train", "name": name})
+        pq.write_table(pa.Table.from_pylist(rows), folder / file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(script):
+    return script.Recipe(samples=64, batch=16, small=16, texts=4, scenes_per_class=1)
+
+
+def weights(training):
+    return {name: value.clone() for name, value in training.model.state_dict().items()}
+
+
+def test_a_resumed_run_ends_bit_identical(script, packs, recipe, tmp_path):
+    whole = script.Training(packs, tmp_path / "whole", "cpu", recipe)
+    whole.run(None, save_every=1e9)
+    script.Training(packs, tmp_path / "parts", "cpu", recipe).run(2, save_every=1e9)
+    resumed = script.Training(packs, tmp_path / "parts", "cpu", recipe)
+    assert resumed.step == 2
+    resumed.run(None, save_every=1e9)
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(script, packs, recipe, tmp_path):
+    script.Training(packs, tmp_path, "cpu", recipe).run(1, save_every=1e9)
+    with pytest.raises(SystemExit, match="another recipe"):
+        script.Training(packs, tmp_path, "cpu", replace(recipe, seed=5))
+
+
+def test_exported_weights_are_the_trained_function_and_a_run_continues_from_them(script, packs, recipe, tmp_path):
+    first = script.Training(packs, tmp_path / "first", "cpu", recipe)
+    first.run(None, save_every=1e9)
+    history = {"val_looks": 1, "runs": []}
+    script.export(first.model, TinyConfig(), tmp_path / "out", history)
+    backbone = OpenCLIPBackbone(
+        load_model(tmp_path / "out"), ByteTokenizer(), ImageTransform(crop=(64, 64), resize=64), spec="out"
+    )
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image, local = script.image_features(first.model.eval().clip.visual, x)
+        text = script.class_text(first.model, first.names[:3])
+    torch.testing.assert_close(backbone.encode_dense(x), (image, local), rtol=0, atol=5e-3)  # half precision
+    torch.testing.assert_close(
+        backbone.encode_text([f"a photo of a {n}" for n in first.names[:3]]), text, atol=5e-3, rtol=0
+    )
+
+    start = tmp_path / "out" / "model.safetensors"
+    second = script.Training(packs, tmp_path / "second", "cpu", replace(recipe, seed=1, start="first"), start)
+    with torch.no_grad():
+        again = script.image_features(second.model.eval().clip.visual, x)
+    torch.testing.assert_close(again, backbone.encode_dense(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_names_every_run_and_figure(script):
+    run = {"samples": 1000, "small": 48, "small_share": 0.6, "muon_lr": 0.02, "adamw_lr": 0.0015, "weight_decay": 0.2}
+    run |= {"seed": 0, "hours": 0.5, "hardware": "a processor", "dtype": "float32", "torch": "2", "date": "2026-01-01"}
+    card = script.model_card(
+        {"val_looks": 3, "runs": [run, run | {"samples": 2000}]},
+        {"photographs": {"image": 0.512, "single_patch": 0.42, "mean_of_patches": 0.5}},
+        {"mcm": {"near": 0.71, "far": 0.652}},
+    )
+    for text in (
+        "1,000 images",
+        "2,000 images",
+        "3 times",
+        "| photographs | 51.2 | 42.0 | 50.0 |",
+        "| mcm | 71.0 | 65.2 |",
+    ):
+        assert text in card
