@@ -270,7 +270,7 @@ def test_a_parameter_that_is_no_longer_finite_stops_the_run(tmp_path):
             return {"root": (self.parameters["bias"] * 0).sqrt().sum()}  # 0 with an infinite slope
 
     with pytest.raises(DataError, match="parameter 'bias' is no longer finite in epoch 1"):
-        Steep().train(epochs=1, checkpoint=tmp_path / "checkpoint")
+        Steep().train(epochs=1, batch_size=SIZE, checkpoint=tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
 
 
@@ -302,6 +302,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """Batches of 5, 5 and 1 row, and of 10 and 1: shares differ, and the last batch has fewer rows than processes."""
     script = tmp_path / "script.py"
@@ -314,7 +315,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for batch_size in (5, 10):

@@ -352,6 +352,7 @@ def _class_names(wnids: list[str], spec: Mapping[str, Any], root: Path, given: P
     return [names[wnid].replace("_", " ") for wnid in wnids]
 
 
+@cache
 def _clip_names() -> dict[str, str]:
     """CLIP's names of the 1,000 classes by wnid, in sorted order."""
     from timm.data import ImageNetInfo

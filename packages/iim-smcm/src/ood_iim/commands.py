@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +160,7 @@ def import_released(args: argparse.Namespace) -> None:
 
 def reproduce(args: argparse.Namespace) -> None:
     """Run a protocol or a study of the paper, our numbers beside the published ones."""
-    from ood_core.protocols import find_protocol, inspect_protocol
+    from ood_core.protocols import describe, find_protocol, inspect_protocol
 
     from ood_iim.studies import STUDIES, Sets
 
@@ -165,13 +168,17 @@ def reproduce(args: argparse.Namespace) -> None:
     if args.study and args.study not in STUDIES:
         raise unknown_name("study", args.study, STUDIES)
     if args.dry_run:
-        rows = inspect_protocol(args.protocol, args.root, overrides=overrides)
+        rows = inspect_protocol(args.protocol, args.root, overrides)
         if args.json:
-            print_json([row._asdict() | {"path": row.path and str(row.path)} for row in rows])
-        else:
-            _print_table(
-                ["set", "found at", "images", "expected"], [["" if x is None else x for x in row] for row in rows]
+            print_json(
+                [
+                    {"set": row.name, "path": row.path and str(row.path), "images": row.images}
+                    | {"expected": row.expected, "error": row.error and str(row.error)}
+                    for row in rows
+                ]
             )
+        else:
+            print(describe(rows))  # noqa: T201
         return
     found = find_protocol(args.protocol, args.root, overrides=overrides, class_names_file=args.classes)
     message(found.describe())
@@ -186,9 +193,10 @@ def reproduce(args: argparse.Namespace) -> None:
         for label, options in settings.items():
             name = f"{shots} shots{f', {label}' if label else ''}"
             results[name] = _trials(args, sets, backbone, shots, name, options | given)
-    published = [] if args.study else _published(args.protocol, args.shots)
+    published = [] if args.study else _published(found.title, args.shots)
+    extra = {name: _beyond_scores(args, sets, backbone, name) for name in results}
     if args.json:
-        print_json({"protocol": args.protocol, "results": results, "published": published})
+        print_json({"protocol": args.protocol, "results": results, "study": extra, "published": published})
         return
     _print_table(
         ["FPR95 / AUROC", *found.ood, "average", "accuracy"],
@@ -198,7 +206,52 @@ def reproduce(args: argparse.Namespace) -> None:
             for row in published
         ],
     )
+    for name, lines in extra.items():
+        if lines:
+            message(name)
+            _print_table(
+                list(lines[0]), [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in lines]
+            )
     message(f"Every run: {args.out}")
+
+
+def _beyond_scores(args: argparse.Namespace, sets: Any, backbone: Any, name: str) -> list[dict[str, Any]]:
+    """What a study shows besides the table of scores, on the first seed: test k, alpha, or prototypes."""
+    from ood_core._files import write_json
+    from ood_core.data import FewShot
+    from ood_core.features import extract
+
+    from ood_iim.detectors import IIM
+    from ood_iim.studies import local_map, prototypes, sweep
+
+    folder = _run_folder(args, name, args.seeds[0])
+    options = extraction_options(args)
+    if args.study not in ("k", "weights", "prototypes"):
+        return []
+    detector = IIM.from_pretrained(folder / "detector", backbone=backbone)
+    if args.study == "prototypes":
+        few = extract(backbone, FewShot(sets.train, min(args.shots), args.seeds[0]), detector.needs, **options)
+        write_json(folder / "local_map.json", local_map(detector, few))
+        message(f"Patches in two dimensions: {folder / 'local_map.json'}")
+        return [prototypes(detector)]
+    if args.study == "weights":
+        alphas = [0.0, 0.5, 1.0, 1.5] if name.endswith("C_n=300") else [1.0]
+        rows = sweep(detector, id=sets.test, ood=sets.ood, ks=[_own_k(detector, backbone)], alphas=alphas, **options)
+    else:
+        rows = sweep(detector, id=sets.test, ood=sets.ood, alphas=[1.0], **options)
+    return [{key: row[key] for key in ("k", "alpha", "auroc", "fpr95")} for row in rows if row["negatives"] == "use"]
+
+
+def _own_k(detector: IIM, backbone: Any) -> int:
+    from math import prod
+
+    from ood_core.detectors.zero_shot import default_k
+
+    return default_k(detector.k, prod(backbone.grid))
+
+
+def _run_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
+    return Path(args.out) / args.protocol / re.sub(r"[^A-Za-z0-9_=.+-]+", "-", name) / f"seed-{seed}"
 
 
 def _trials(
@@ -209,7 +262,7 @@ def _trials(
 
     runs = []
     for seed in args.seeds:
-        folder = Path(args.out) / args.protocol / name.replace(" ", "-") / f"seed-{seed}"
+        folder = _run_folder(args, name, seed)
         message(f"{name}, seed {seed}: {folder}")
         runs.append(
             trial(
@@ -232,10 +285,10 @@ def _preset(protocol: str) -> dict[str, Any]:
     return {"crop_scale": 0.65, "negatives": "ignore"} if protocol == "imagenet-100" else {}
 
 
-def _published(protocol: str, shots: list[int]) -> list[dict[str, Any]]:
-    from ood_iim.published import table
-
-    return [row for row in table(1)["rows"] if row["id"] == protocol and row["shots"] in (0, *shots)]
+def _published(title: str, shots: list[int]) -> list[dict[str, Any]]:
+    """Rows of the paper's Table 1 for this ID set: without training and with as many shots."""
+    table = json.loads((resources.files("ood_iim") / "published" / "table1.json").read_text(encoding="utf-8"))
+    return [row for row in table["rows"] if row["id"] == title and row["shots"] in (0, *shots)]
 
 
 def _our_rows(name: str, scores: dict[str, Any], sets: list[str], args: argparse.Namespace) -> list[list[str]]:
@@ -252,7 +305,7 @@ def _our_rows(name: str, scores: dict[str, Any], sets: list[str], args: argparse
 
 def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
     """FPR95 / AUROC of a published row, in percent there already."""
-    figures = [row["per_set"].get(name) for name in sets] + [row["average"]]
+    figures = [row["ood"].get(name) for name in sets] + [row["average"]]
     return ["" if f is None else f"{f['fpr95']:.2f} / {f['auroc']:.2f}" for f in figures]
 
 
@@ -287,13 +340,9 @@ def _percent(value: float | None) -> str:
 
 
 def _print_table(header: list[str], rows: list[list[Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD)
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
+    """Aligned columns that no terminal width breaks."""
+    lines = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())  # noqa: T201

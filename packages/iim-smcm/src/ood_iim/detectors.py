@@ -258,7 +258,12 @@ class IIM(Detector):
         backbone = self._required_backbone()
         if isinstance(images, FeatureSet):
             self._check_features(images)
-            described = images
+            if images.local.shape[-1] != backbone.width:
+                raise UsageError(
+                    f"These features are {images.local.shape[-1]} wide, those of {backbone.spec!r} {backbone.width}: "
+                    "extract them with this backbone."
+                )
+            described, size = images, images.local.shape[1]
         else:
             images = open_source(images)
             described = FeatureSet(
@@ -267,15 +272,16 @@ class IIM(Detector):
                 label_names=list(images.label_names),
                 source=images.fingerprint,
             )
+            size = math.prod(backbone.grid or ())
         labels = self._labels(described)
-        if backbone.grid is None or len(self.class_names) < 2:
+        if len(self.class_names) < 2:
             raise UsageError(
                 f"{self.name!r} needs at least two classes, got {self.class_names}: a softmax over one is always 1."
             )
         self._class_texts(backbone)  # a template that does not fit shows here, not after the training
         learner = self._learner(backbone)
         options = {name: getattr(self, name) for name in ("lambda_neg", "lambda_div", "region", "hard_negative_mining")}
-        options |= {"form": self.loss_form, "k": self._training_k(math.prod(backbone.grid))}
+        options |= {"form": self.loss_form, "k": self._training_k(size)}
         patches = self._patches(backbone, images, cache, progress)
         self.history = train(
             learner.learned(),

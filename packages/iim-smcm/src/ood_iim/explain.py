@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from ood_core._files import write_atomically
@@ -129,8 +129,9 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
         raise UsageError(f"explain takes an 's_mcm' or 'iim' detector, got {name!r}: its score has other parts.")
     backbone = detector._required_backbone()
     features = extract(backbone, [image], detector.needs, progress=False)
-    score, predicted = detector.score_features(features), int(detector.predict(features))
-    texts, transform, grid = _texts(detector), backbone.transform, features.grid
+    # Both are there: these detectors read patches, and they classify.
+    grid, predicted = cast(tuple[int, int], features.grid), int(cast(Tensor, detector.predict(features)))
+    score, texts, transform = detector.score_features(features), _texts(detector), backbone.transform
     # In float64, so that the terms sum to the score in all its digits.
     whole, local = features.image.double(), features.local[0].double()
     p, q = _probabilities(local, texts, detector.temperature)

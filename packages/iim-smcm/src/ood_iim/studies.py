@@ -16,6 +16,7 @@ from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import FewShot
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.zero_shot import default_k
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract, stream
 from ood_core.metrics import evaluate_scores
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ood_iim.detectors import IIM
 
-__all__ = ["STUDIES", "Sets", "prototypes", "summarise", "sweep", "trial"]
+__all__ = ["STUDIES", "Sets", "local_map", "prototypes", "summarise", "sweep", "trial"]
 
 _NO_LOSSES = {"lambda_neg": 0.0, "lambda_div": 0.0}
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -47,6 +48,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "k": {f"train_k={value}": {"train_k": value} for value in (1, 5, 10, 20, 50, 90)},
     # Fig. 6: the six scores of the trained model.
     "scores": {"all": {}},
+    # Fig. 3: likeness of class prototypes, and local features in two dimensions.
+    "prototypes": {"all": {}},
 }
 """Name -> label -> options that differ from the paper's defaults."""
 
@@ -235,7 +238,7 @@ def prototypes(detector: IIM) -> dict[str, float]:
         "template_mean", "template_max", "learned_mean", "learned_max", and "negatives_mean" if there are any: the
         mean of each negative's largest cosine with a learned class.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, key in (("template", "text"), ("learned", "local_text")):
         cosines = _off_diagonal(detector.state[key])
         found |= {f"{name}_mean": cosines.mean().item(), f"{name}_max": cosines.max().item()}
@@ -243,6 +246,41 @@ def prototypes(detector: IIM) -> dict[str, float]:
         nearest = (detector.state["negatives"] @ detector.state["local_text"].T).amax(1)
         found["negatives_mean"] = nearest.mean().item()
     return found
+
+
+def local_map(detector: IIM, features: FeatureSet, *, most: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """Mined patches in two dimensions by t-SNE (Fig. 3): the k best of each image's class, and the k behind them.
+
+    Args:
+        detector: fitted.
+        features: labelled, with local features.
+        most: patches at most, taken evenly.
+        seed: of the t-SNE.
+
+    Returns:
+        One row per patch: "x", "y", "class", "kind" ("positive" or "negative").
+    """
+    from sklearn.manifold import TSNE
+
+    k = default_k(detector.train_k, features.local.shape[1])
+    text = detector.state["local_text"][detector._class_labels(features)]
+    order = (features.local @ text[..., None]).squeeze(-1).argsort(1, descending=True)[:, : 2 * k]
+    patches = features.local.gather(1, order[..., None].expand(-1, -1, features.local.shape[2])).flatten(0, 1)
+    chosen = torch.linspace(0, len(patches) - 1, min(most, len(patches))).long()
+    perplexity = min(30.0, (len(chosen) - 1) / 3)
+    flat = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(
+        patches[chosen].numpy()
+    )
+    width = order.shape[1]
+    return [
+        {
+            "x": float(x),
+            "y": float(y),
+            "class": features.label_names[features.labels[index // width]],
+            "kind": "positive" if index % width < k else "negative",
+        }
+        for (x, y), index in zip(flat, chosen.tolist(), strict=True)
+    ]
 
 
 def _off_diagonal(x: Tensor) -> Tensor:

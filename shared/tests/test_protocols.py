@@ -1,0 +1,455 @@
+"""Protocols: every layout in use is found, labels are ranks of wnids, and what is missing is named."""
+
+import json
+import os
+import pickle
+import sys
+import types
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from ood_core import protocols
+from ood_core.data.released_splits import ReleasedItem, read_released_split
+from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.protocols import describe, find_protocol, inspect_protocol, list_protocols
+from PIL import Image
+
+WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
+NAMES = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead shark"]
+OOD = ["iNaturalist/images", "SUN/images", "Places/images", "dtd/images/banded"]
+FAR = ["iNaturalist", "SUN", "Places", "Texture"]
+
+
+def write_images(root, *names):
+    """Image number i is the colour (i, 0, 0)."""
+    for value, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (value % 256, 0, 0)).save(root / name)
+
+
+def write_classes(root, folder, wnids=WNIDS, count=2):
+    write_images(root, *(f"{folder}/{wnid}/{wnid}_{i}.png" for wnid in wnids for i in range(count)))
+
+
+def write_ood(root, folders=OOD, count=1):
+    write_images(root, *(f"{folder}/{i}.png" for folder in folders for i in range(count)))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five classes in the layout of the released IIM code, three training and two test images each."""
+    write_classes(tmp_path, "imagenet/train", count=3)
+    write_classes(tmp_path, "imagenet/val")
+    write_ood(tmp_path)
+    return tmp_path
+
+
+def rows(name, root, overrides=None):
+    return {row.name: row for row in inspect_protocol(name, root, overrides)}
+
+
+# ---- the data files
+
+
+def test_protocols_are_those_of_the_papers():
+    assert list_protocols() == [
+        "imagenet-1k", "imagenet-500-easy", "imagenet-500-hard", "imagenet-100", "imagenet-10", "imagenet-20",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"Unknown protocol 'imagenet100'\. Did you mean 'imagenet-100'"):
+        inspect_protocol("imagenet100", ".")
+
+
+def test_class_lists_are_sorted_parts_of_imagenet_and_as_long_as_they_say():
+    clip = protocols._clip_names()
+    assert (len(clip), clip[WNIDS[0]], [clip[wnid] for wnid in WNIDS]) == (1000, "tench", NAMES)
+    sets = protocols._data()["sets"]
+    listed = {name: list(entry["classes"]) for name, entry in sets.items() if "classes" in entry}
+    assert set(listed) == {"ImageNet-100", "ImageNet-10", "ImageNet-20"}
+    for name, classes in listed.items():
+        assert all(one < other for one, other in pairwise(classes))
+        assert set(classes) <= set(clip)
+        assert len(classes) == sets[name]["class_count"]
+        assert sets[name]["images"]["test"] == 50 * len(classes)
+    assert not set(listed["ImageNet-10"]) & set(listed["ImageNet-20"])
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("imagenet/train", "imagenet/val"),
+        ("imagenet/images/train", "imagenet/images/val"),
+        ("ImageNet/train", "ImageNet/val"),
+        (None, "ImageNet"),
+        ("train", "val"),
+    ],
+)
+def test_imagenet_layouts(tmp_path, train, test):
+    write_classes(tmp_path, test)
+    if train:
+        write_classes(tmp_path, train, count=3)
+    write_ood(tmp_path)
+    found = find_protocol("imagenet-1k", tmp_path)
+    assert (found.class_names, found.wnids, found.title) == (NAMES, WNIDS, "ImageNet-1k")
+    assert found.test.ids == [f"{wnid}/{wnid}_{i}.png" for wnid in WNIDS for i in range(2)]
+    assert found.test.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.test.label_names == NAMES
+    assert found.test.open(7).getpixel((0, 0)) == (7, 0, 0)
+    assert [row.path for row in found.found[:2]] == [tmp_path / train if train else None, tmp_path / test]
+    if train:
+        assert found.train.labels.tolist() == np.repeat(np.arange(5), 3).tolist()
+        assert found.train.label_names == NAMES
+    else:
+        assert found.train is None
+        assert any(note.startswith("train: none of") for note in found.notes)
+
+
+@pytest.mark.parametrize("above", ["", "ImageNet_OOD_dataset/"])
+@pytest.mark.parametrize(
+    "texture",
+    [
+        "dtd/images",
+        "Texture/images",
+        "Texture",
+        "ImageNet_OOD_dataset/dtd/images",
+        "ImageNet_OOD_dataset/Texture",
+    ],
+)
+def test_ood_layouts(tmp_path, above, texture):
+    write_classes(tmp_path, "imagenet/val")
+    places = [*(above + name for name in FAR[:3]), texture]
+    write_ood(tmp_path, [f"{place}/deeper/still" for place in places], count=2)
+    found = find_protocol("imagenet-1k", tmp_path)
+    assert list(found.ood) == FAR
+    assert [row.path for row in found.found[2:]] == [tmp_path / place for place in places]
+    assert all(source.ids == ["deeper/still/0.png", "deeper/still/1.png"] for source in found.ood.values())
+
+
+def test_the_first_layout_wins(data):
+    write_classes(data, "ImageNet/val", WNIDS[:2])
+    write_ood(data, ["Texture/images", "ImageNet_OOD_dataset/SUN"])
+    found = rows("imagenet-1k", data)
+    assert found["test"].path == data / "imagenet" / "val"
+    assert found["SUN"].path == data / "SUN"
+    assert found["Texture"].path == data / "dtd" / "images"
+
+
+# ---- classes
+
+
+def test_halves_are_the_first_and_last_wnids_with_labels_of_their_own(data):
+    easy, hard = (find_protocol(f"imagenet-500-{half}", data) for half in ("easy", "hard"))
+    assert (easy.class_names, hard.class_names) == (NAMES[:3], NAMES[3:])
+    assert hard.test.labels.tolist() == [0, 0, 1, 1]
+    assert hard.test.ids[0] == f"{WNIDS[3]}/{WNIDS[3]}_0.png"
+    assert (len(easy.train), len(hard.train)) == (9, 6)
+    assert "2 classes, not 500." in hard.notes
+    assert set(easy.test.ids) | set(hard.test.ids) == set(find_protocol("imagenet-1k", data).test.ids)
+
+
+def test_a_class_without_test_images_keeps_its_rank(data):
+    for file in (data / "imagenet/val" / WNIDS[1]).iterdir():
+        file.unlink()
+    found = find_protocol("imagenet-1k", data)
+    assert found.class_names == NAMES
+    assert found.test.labels.tolist() == [0, 0, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("folder", ["imagenet100", "ImageNet100"])
+def test_imagenet_100_in_a_folder_of_its_own(data, folder):
+    write_classes(data, f"{folder}/train", WNIDS[1:4], count=4)
+    write_classes(data, f"{folder}/val", WNIDS[1:4], count=1)
+    (data / folder / "class_list.txt").write_text("\n".join(reversed(WNIDS[1:4])))
+    found = find_protocol("imagenet-100", data)
+    assert (found.class_names, found.wnids) == (NAMES[1:4], WNIDS[1:4])
+    assert found.test.labels.tolist() == [0, 1, 2]
+    assert [row.path for row in found.found[:2]] == [data / folder / "train", data / folder / "val"]
+
+
+@pytest.mark.parametrize("place", ["imagenet100/class_list.txt", "ImageNet100/class_list.txt", "class_list.txt", None])
+def test_imagenet_100_as_a_part_of_imagenet(data, place):
+    file = data / (place or "elsewhere.txt")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"{WNIDS[4]}\n{WNIDS[0]}\n")
+    found = find_protocol("imagenet-100", data, overrides=None if place else {"class_list": file})
+    assert found.class_names == [NAMES[0], NAMES[4]]
+    assert found.test.ids == [f"{wnid}/{wnid}_{i}.png" for wnid in (WNIDS[0], WNIDS[4]) for i in range(2)]
+    assert (found.test.labels.tolist(), len(found.train)) == ([0, 0, 1, 1], 6)
+    assert found.found[1].path == data / "imagenet" / "val"
+
+
+def test_other_classes_than_those_of_the_list_are_refused(data):
+    with pytest.raises(DataError, match=r"lacks 100 of the 100 classes \(n01498041, .*data/ImageNet100/class_list.txt"):
+        find_protocol("imagenet-100", data)
+    (data / "class_list.txt").write_text(f"{WNIDS[0]}\ntench\n")
+    with pytest.raises(DataError, match=r"class_list\.txt' is no class list: 'tench' is no wnid"):
+        find_protocol("imagenet-100", data)
+    with pytest.raises(MissingDataError, match=r"none\.txt"):
+        find_protocol("imagenet-100", data, overrides={"class_list": data / "none.txt"})
+    with pytest.raises(UsageError, match="class_list"):
+        find_protocol("imagenet-1k", data, overrides={"class_list": data / "class_list.txt"})
+
+
+def test_imagenet_10_and_20_are_each_other_s_ood_set(tmp_path):
+    sets = protocols._data()["sets"]
+    both = [*sets["ImageNet-10"]["classes"], *sets["ImageNet-20"]["classes"]]
+    write_classes(tmp_path, "imagenet/train", [*both, WNIDS[0]], count=2)
+    write_classes(tmp_path, "imagenet/val", [*both, WNIDS[0]], count=1)
+    ten, twenty = find_protocol("imagenet-10", tmp_path), find_protocol("imagenet-20", tmp_path)
+    assert ten.class_names == list(sets["ImageNet-10"]["classes"].values())
+    assert {"horse", "antelope"} < set(ten.class_names)
+    assert (len(ten.test), len(ten.train), len(twenty.test)) == (10, 20, 20)
+    assert ten.ood["ImageNet-20"].ids == twenty.test.ids
+    assert twenty.ood["ImageNet-10"].ids == ten.train.ids
+    assert any("training images, as in MCM" in note for note in twenty.notes)
+    write_classes(tmp_path, "imagenet20/val", sets["ImageNet-20"]["classes"], count=3)
+    assert len(find_protocol("imagenet-10", tmp_path).ood["ImageNet-20"]) == 60
+
+
+# ---- class names
+
+
+def test_class_names_come_from_a_file_beside_the_images(data):
+    lines = [f"{wnid} class_{i} of five" for i, wnid in enumerate(WNIDS)]
+    (data / "imagenet/imagenet-classes.txt").write_text("\n".join(lines).replace("class", "other"))
+    assert find_protocol("imagenet-1k", data).class_names[1] == "other 1 of five"
+    (data / "imagenet/classnames.txt").write_text("\n".join([*reversed(lines), "n09999999 unused"]))
+    assert find_protocol("imagenet-1k", data).class_names == [f"class {i} of five" for i in range(5)]
+    assert find_protocol("imagenet-500-hard", data).class_names == ["class 3 of five", "class 4 of five"]
+    (data / "mine.csv").write_text("\n".join(f"{wnid},name{i}" for i, wnid in enumerate(WNIDS)))
+    found = find_protocol("imagenet-1k", data, class_names_file=data / "mine.csv")
+    assert found.class_names == found.test.label_names == ["name0", "name1", "name2", "name3", "name4"]
+
+
+def test_names_without_wnids_are_those_of_the_classes_or_of_all_imagenet(data):
+    (data / "names.txt").write_text("a\nb_c\nd\ne\nf\n")
+    assert find_protocol("imagenet-1k", data, class_names_file=data / "names.txt").class_names[:2] == ["a", "b c"]
+    (data / "all.txt").write_text("\n".join(f"name {i}" for i in range(1000)))
+    hard = find_protocol("imagenet-500-hard", data, class_names_file=data / "all.txt")
+    assert hard.class_names == ["name 3", "name 4"]
+    (data / "names.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match="2 names without wnids for 5 classes"):
+        find_protocol("imagenet-1k", data, class_names_file=data / "names.txt")
+
+
+def test_classes_without_a_name_are_refused(data):
+    (data / "imagenet/classnames.txt").write_text(f"{WNIDS[0]} tench\n")
+    with pytest.raises(DataError, match=rf"4 of the 5 classes, first '{WNIDS[1]}', have no name in .*classnames\.txt"):
+        find_protocol("imagenet-1k", data)
+    (data / "imagenet/classnames.txt").write_text(f"{WNIDS[0]} tench\ngoldfish\n")
+    with pytest.raises(DataError, match="line 'goldfish'"):
+        find_protocol("imagenet-1k", data)
+    (data / "imagenet/classnames.txt").unlink()
+    write_classes(data, "imagenet/val", ["n99999999"])
+    with pytest.raises(DataError, match=r"'n99999999', have no name among the 1,000.*class_names_file"):
+        find_protocol("imagenet-1k", data)
+    with pytest.raises(MissingDataError, match=r"none\.txt"):
+        find_protocol("imagenet-1k", data, class_names_file=data / "none.txt")
+
+
+def test_a_name_that_two_classes_share_is_noted_and_keeps_its_labels_apart(data):
+    (data / "imagenet/classnames.txt").write_text("\n".join(f"{wnid} fish" for wnid in WNIDS))
+    found = find_protocol("imagenet-1k", data)
+    assert found.test.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert any("'fish'" in note for note in found.notes)
+
+
+# ---- overrides
+
+
+def test_overrides_name_other_places(data):
+    write_images(data, "my sun/a.png", "my sun/b.png")
+    write_classes(data, "my val", WNIDS[:2], count=1)
+    (data / "train.csv").write_text(f"path,label\nmy sun/a.png,{WNIDS[0]}\nmy sun/b.png,{WNIDS[1]}\n")
+    overrides = {"SUN": data / "my sun", "test": str(data / "my val"), "train": data / "train.csv"}
+    found = find_protocol("imagenet-1k", data, overrides=overrides)
+    assert found.ood["SUN"].ids == ["a.png", "b.png"]
+    assert (found.class_names, found.test.labels.tolist()) == (NAMES[:2], [0, 1])
+    assert (found.train.ids, found.train.labels.tolist()) == (["my sun/a.png", "my sun/b.png"], [0, 1])
+    assert list(found.ood) == FAR
+
+
+def test_an_override_must_name_a_set_and_exist(data):
+    with pytest.raises(UsageError, match=r"Unknown image set of protocol 'imagenet-1k' 'Textures'\. .*'Texture'"):
+        find_protocol("imagenet-1k", data, overrides={"Textures": data})
+    for name in ("SUN", "train"):
+        with pytest.raises(MissingDataError, match=f"{name}: .*nowhere"):
+            find_protocol("imagenet-1k", data, overrides={name: data / "nowhere"})
+
+
+# ---- what is missing or wrong
+
+
+def test_missing_sets_are_all_named_with_the_folders_tried_and_the_source(tmp_path):
+    write_classes(tmp_path, "imagenet/val")
+    write_ood(tmp_path, ["SUN", "Places"])
+    with pytest.raises(MissingDataError) as error:
+        find_protocol("imagenet-1k", tmp_path)
+    for part in ("iNaturalist: none of", str(tmp_path / "ImageNet_OOD_dataset/iNaturalist"), "large_scale_ood"):
+        assert part in str(error.value)
+    for part in ("Texture: none of", str(tmp_path / "Texture/images"), "vgg/data/dtd"):
+        assert part in str(error.value)
+    assert "train" not in str(error.value)
+    with pytest.raises(MissingDataError, match=r"There is no folder .*nowhere"):
+        inspect_protocol("imagenet-1k", tmp_path / "nowhere")
+
+
+def test_folders_that_are_not_wnids_are_no_classes(data):
+    write_images(data, "other/imagenet/val/tench/a.png", "flat/imagenet/val/b.png")
+    for root in ("other", "flat"):
+        with pytest.raises(MissingDataError, match=r"test: none of .* named by wnid as n01440764.*image-net\.org"):
+            find_protocol("imagenet-1k", data / root)
+
+
+@pytest.mark.parametrize("stray", ["tench/a.png", "n0144076/a.png", "n014407640/a.png", "a.png"])
+def test_images_beside_the_class_folders_are_refused(data, stray):
+    write_images(data, f"imagenet/val/{stray}")
+    with pytest.raises(DataError, match=rf"test: .*val' holds 1 images outside .*wnid.*first '{stray}'"):
+        find_protocol("imagenet-1k", data)
+
+
+def test_an_empty_folder_is_an_error_not_an_empty_set(data):
+    (data / "SUN/images/0.png").unlink()
+    with pytest.raises(DataError, match=r"SUN: .*holds no image"):
+        find_protocol("imagenet-1k", data)
+
+
+# ---- the dry run
+
+
+def test_the_dry_run_counts_what_is_there_and_says_what_is_not(data):
+    os.rename(data / "Places", data / "Plaetze")
+    found = rows("imagenet-500-easy", data)
+    assert list(found) == ["train", "test", *FAR]
+    counts = {name: (row.images, row.expected) for name, row in found.items()}
+    assert counts == {
+        "train": (9, None), "test": (6, 25_000), "iNaturalist": (1, 10_000), "SUN": (1, 10_000),
+        "Places": (0, 10_000), "Texture": (1, 5640),
+    }  # fmt: skip
+    assert found["Places"].path is None
+    lines = describe(list(found.values())).splitlines()
+    assert lines[1] == f"test         6 of 25,000  {data / 'imagenet/val'}  (the count differs)"
+    assert lines[4].startswith("Places       0 of 10,000  Places: none of ")
+    assert "differs" not in lines[0] + lines[4]
+
+
+def test_a_protocol_describes_itself(data, monkeypatch):
+    whole = protocols._data()["sets"]["ImageNet-1k"]
+    monkeypatch.setitem(whole, "images", {"train": 15, "test": 11})
+    found = find_protocol("imagenet-1k", data)
+    assert "test: 10 images, not 11." in found.notes
+    assert not any(note.startswith("train") for note in found.notes)
+    assert found.describe().splitlines()[0] == "imagenet-1k: 5 classes, 'tench' to 'hammerhead shark'"
+    assert describe(found.found) in found.describe()
+    assert "Note: 5 classes, not 1000." in found.describe()
+
+
+# ---- released few-shot splits
+
+
+class Datum:
+    """As in Dassl: four attributes behind properties."""
+
+    def __init__(self, impath, label, classname, domain=0):
+        self._impath, self._label, self._classname, self._domain = impath, label, classname, domain
+
+
+@pytest.fixture
+def dump(tmp_path, monkeypatch):
+    """Pickle to a file, with `Datum` under the name that Dassl gives it."""
+    monkeypatch.setattr(Datum, "__module__", "dassl.data.datasets.base_dataset")
+    for name in ("dassl", "dassl.data", "dassl.data.datasets", "dassl.data.datasets.base_dataset"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["dassl.data.datasets.base_dataset"].Datum = Datum
+
+    def write(content, protocol=pickle.HIGHEST_PROTOCOL):
+        path = tmp_path / "shot_1-seed_1.pkl"
+        path.write_bytes(pickle.dumps(content, protocol))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_released_split_is_read_and_moved_to_this_disk(data, dump, protocol):
+    drawn = [(1, "goldfish", 2), (0, "tench", 0)]
+    paths = [f"/data/ood/imagenet/train/{WNIDS[label]}/{WNIDS[label]}_{i}.png" for label, _, i in drawn]
+    content = {"train": [Datum(path, label, name) for path, (label, name, _) in zip(paths, drawn, strict=True)]}
+    items = read_released_split(dump(content, protocol), data / "imagenet")
+    assert items == [
+        ReleasedItem(f"train/{WNIDS[1]}/{WNIDS[1]}_2.png", 1, "goldfish"),
+        ReleasedItem(f"train/{WNIDS[0]}/{WNIDS[0]}_0.png", 0, "tench"),
+    ]
+    source = find_protocol("imagenet-1k", data).train
+    assert {item.path.partition("/")[2] for item in items} < set(source.ids)
+
+
+def test_paths_of_another_system_and_other_parts(data, dump):
+    path = dump({"train": [], "test": [Datum(rf"D:\x\val\{WNIDS[0]}\{WNIDS[0]}_1.png", 0, "tench")]})
+    assert read_released_split(path, data / "imagenet") == []
+    assert read_released_split(path, data / "imagenet", part="test")[0].path == f"val/{WNIDS[0]}/{WNIDS[0]}_1.png"
+
+
+class Attack:
+    """Runs a command where unpickling runs anything."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"train": [x]}, lambda x: {"train": [Datum(x, 0, "a")]}])
+def test_a_malicious_split_is_refused_and_not_run(tmp_path, dump, wrap):
+    path = dump(wrap(Attack(tmp_path / "ran")))
+    with pytest.raises(DataError, match=r"shot_1-seed_1\.pkl' is refused: it asks for (posix|nt)\.system, and only"):
+        read_released_split(path, tmp_path)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "ran").exists()
+
+
+def test_nothing_else_of_the_known_module_is_reached(tmp_path):
+    path = tmp_path / "split.pkl"
+    for name in ("Datum.__init__", "DatasetBase", "__builtins__"):
+        path.write_bytes(b"\x80\x04" + b"cdassl.data.datasets.base_dataset\n" + name.encode() + b"\n.")
+        with pytest.raises(DataError, match=f"asks for dassl.data.datasets.base_dataset.{name}"):
+            read_released_split(path, tmp_path)
+
+
+def test_damaged_splits_are_refused(tmp_path, dump):
+    whole = dump({"train": [Datum("/a/b/c/d.png", 0, "tench")] * 3}).read_bytes()
+    path = tmp_path / "damaged.pkl"
+    for content in (b"", b"no pickle", whole[:-20], b"\x80\x04" + b"." * 9, json.dumps({"train": []}).encode()):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"damaged\.pkl' is refused: it is damaged"):
+            read_released_split(path, tmp_path)
+    with pytest.raises(MissingDataError, match=r"none\.pkl"):
+        read_released_split(tmp_path / "none.pkl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "no list of images under 'train'"),
+        ({"test": []}, "no list of images under 'train'"),
+        ({"train": ["a/b/c"]}, "holds 'a/b/c' where an image"),
+        ({"train": [Datum(None, 0, "a")]}, "where an image"),
+        ({"train": [Datum("a/b/c.png", "0", "a")]}, "where an image"),
+        ({"train": [Datum("b/c.png", 0, "a")]}, "'b/c.png', which does not end in"),
+        ({"train": [Datum("/a/../c.png", 0, "a")]}, "which does not end in"),
+    ],
+)
+def test_pickles_of_another_content_are_refused(tmp_path, dump, content, message):
+    with pytest.raises(DataError, match=message):
+        read_released_split(dump(content), tmp_path)
+
+
+def test_images_that_are_not_on_this_disk_are_named(data, dump):
+    path = dump({"train": [Datum(f"/x/train/{WNIDS[0]}/{name}.png", 0, "tench") for name in (f"{WNIDS[0]}_0", "new")]})
+    with pytest.raises(MissingDataError, match=rf"1 of the 2 images .* first 'train/{WNIDS[0]}/new\.png'"):
+        read_released_split(path, data / "imagenet")
