@@ -110,7 +110,7 @@ def main() -> int:
     results = run(
         backbone,
         args.packs,
-        list_detectors(),
+        [name for name in list_detectors() if name != "iim"],  # benchmarks/iim.py has that one
         bootstrap=args.bootstrap,
         seed=args.seed,
         report=args.report,

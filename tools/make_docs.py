@@ -1,10 +1,11 @@
-"""Turn the results of benchmarks into docs/benchmarks.md: no number there is typed by hand.
+"""Turn the results of benchmarks into docs/benchmarks.md and docs/tiny.md: no number there is typed by hand.
 
 uv run python tools/make_docs.py
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -101,11 +102,148 @@ Peak memory of the whole run {results["peak_mebibytes"]:,} MiB. Made by `uv run 
 """
 
 
+def topk_patch_softmax(results: dict) -> str:
+    shape = results["shape"]
+    rows = [
+        [
+            name,
+            f"{results['milliseconds_per_image'][name]:.2f}",
+            f"{results['times_bare_matmul'][name]:.2f}",
+            f"{results['peak_mebibytes'][name]:,.0f}",
+        ]
+        for name in results["milliseconds_per_image"]
+    ]
+    return f"""## Patch matching on cached features
+
+`topk_patch_softmax` at the shapes of CLIP ViT-B/16 on ImageNet-1k (P = {shape["P"]}, d = {shape["d"]}, C =
+{shape["C"]:,}, M = {shape["M"]}, k = {shape["k"]}), {results["batch"]} images, against a bare matmul of the same
+shapes, the plain way (two softmaxes over all entries) and six softmaxes as in the released code; medians of jobs that
+alternate, memory in processes of their own.
+
+{table(["job", "ms per image", "times the matmul", "peak MiB"], rows)}
+Made by `uv run python benchmarks/topk_patch_softmax.py`; {hardware(results["environment"])}.
+"""
+
+
+def iim_training_step(results: dict) -> str:
+    rows = [
+        [shape, name, f"{figures['seconds']:.2f}", f"{figures['mebibytes']:,.0f}"]
+        for shape, jobs in results["shapes"].items()
+        for name, figures in jobs.items()
+    ]
+    return f"""## A training step of IIM
+
+Classes + negatives on the text tower of ViT-B/16, batch 32: the usual way encodes every prompt at 77 tokens; ours cuts
+behind the end mark, and "recomputed" holds the activations of 64 prompts at a time.
+
+{table(["shape", "job", "seconds per step", "peak MiB"], rows)}
+Made by `uv run python benchmarks/iim_training_step.py`; {hardware(results["environment"])}.
+"""
+
+
+def iim(results: dict) -> str:
+    def figure(pair: list[float]) -> str:
+        return f"{100 * pair[0]:.1f}" + (f" ± {100 * pair[1]:.1f}" if pair[1] else "")
+
+    rows = []
+    for label, setting in results["settings"].items():
+        for name in ("mcm", "gl_mcm", "r_mcm*", "s_mcm*", "s_mcm"):
+            scores = setting["scores"][name]
+            cells = [f"{figure(scores[s]['auroc'])} / {figure(scores[s]['fpr95'])}" for s in ("near", "average")]
+            epochs = setting["options"].get("epochs", 50)
+            accuracy = figure(scores["accuracy"]) if "accuracy" in scores else ""
+            rows.append([label, f"{setting['seeds']}", f"{epochs}", name, *cells, accuracy])
+    return f"""## IIM on real photographs
+
+Protocol `tiny-imagenet-100`, backbone tiny: AUROC / FPR95 in percent, mean and standard deviation over seeds, of five
+scores on the learned prompts (MCM uses the hand-written ones only); the average is over the near and eight far sets.
+
+{table(["setting", "seeds", "epochs", "score", "near", "average", "accuracy"], rows)}
+Made by `uv run python benchmarks/iim.py --packs FOLDER --work FOLDER`; {hardware(results["environment"])}.
+"""
+
+
+def iim_localisation(results: dict) -> str:
+    rows = [
+        [name, *(f"{100 * figures[key]:.1f}" for key in ("positive_on_object", "ood_beside_object"))]
+        for name, figures in results["results"].items()
+    ]
+    return f"""## Where IIM mines
+
+Share of mined positive patches that lie on the object and of mined OOD patches that do not, in percent, on generated
+scenes with known masks.
+
+{table(["prompts", "positive on the object", "OOD beside it"], rows)}
+Made by `uv run python benchmarks/iim_localisation.py`; {hardware(results["environment"])}.
+"""
+
+
+def tiny_page() -> str:
+    """How the embedded backbone was trained: trials, finished runs, the curve of the last one."""
+    recipes = read("tiny_recipes") or {}
+    parts = ["# How the embedded backbone was trained\n"]
+    for part in recipes.values():
+        header = ["recipe", "samples", *(key for key in ("minutes", "image", "single_patch") if key in part["rows"][0])]
+        rows = [[_shown(row.get(key)) for key in header] for row in part["rows"]]
+        parts.append(f"{part['about'][0].upper()}{part['about'][1:]}.\n\n{table(header, rows)}")
+    parts.append(
+        "The weights that are shipped, and the runs they come from, are in "
+        "[the model card](../shared/src/ood_core/tiny/MODEL_CARD.md). The last run, losses by images seen:\n\n"
+        "![learning curves](tiny_curves.svg)\n"
+    )
+    return "\n".join(parts)
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def curves() -> str:
+    """The losses of the last run as an SVG."""
+    with (RESULTS / "tiny_training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    width, height, edge = 640, 320, 48
+    samples = [float(row["samples"]) for row in rows]
+    names = {"image_loss": "#0072b2", "patch_loss": "#d55e00"}
+    top = max(float(row[name]) for row in rows for name in names)
+    lines = [f'<rect width="{width}" height="{height}" fill="white"/>']
+    for level in range(int(top) + 1):
+        y = height - edge - level / top * (height - 2 * edge)
+        lines.append(
+            f'<path d="M{edge} {y:.1f}H{width - edge}" stroke="#ddd"/><text x="{edge - 16}" y="{y:.1f}">{level}</text>'
+        )
+    for number, (name, color) in enumerate(names.items()):
+        points = " ".join(
+            f"{edge + s / samples[-1] * (width - 2 * edge):.1f},"
+            f"{height - edge - float(row[name]) / top * (height - 2 * edge):.1f}"
+            for s, row in zip(samples, rows, strict=True)
+        )
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        lines.append(
+            f'<text x="{width - edge - 150}" y="{edge + 16 * number}" fill="{color}">{name.replace("_", " ")}</text>'
+        )
+    lines.append(f'<text x="{edge}" y="{height - edge + 24}">0</text>')
+    lines.append(f'<text x="{width - 2 * edge}" y="{height - edge + 24}">{samples[-1]:,.0f} images</text>')
+    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
+    return f'<svg {style} viewBox="0 0 {width} {height}">\n' + "\n".join(lines) + "\n</svg>\n"
+
+
 def main() -> None:
-    sections = {"tiny_imagenet_100": protocol, "bfloat16": bfloat16, "extraction": extraction}
+    sections = {
+        "tiny_imagenet_100": protocol,
+        "iim": iim,
+        "iim_localisation": iim_localisation,
+        "bfloat16": bfloat16,
+        "extraction": extraction,
+        "topk_patch_softmax": topk_patch_softmax,
+        "iim_training_step": iim_training_step,
+    }
     parts = ["# Benchmarks\n"]
     parts += [render(results) for name, render in sections.items() if (results := read(name)) is not None]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
+    if (RESULTS / "tiny_training.csv").exists():
+        (ROOT / "docs" / "tiny.md").write_text(tiny_page())
+        (ROOT / "docs" / "tiny_curves.svg").write_text(curves())
 
 
 if __name__ == "__main__":

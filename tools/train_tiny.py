@@ -318,14 +318,14 @@ def export(model: Trainee, config: TinyConfig, folder: Path, history: dict) -> N
     write_json(folder / "config.json", {"model": asdict(config), "mean": MEAN, "std": STD, "training": history})
 
 
-def zero_shot_auroc(folder: Path, packs: Path) -> dict[str, dict[str, float]]:
+def zero_shot_auroc(folder: Path, packs: Path, cache: Path) -> dict[str, dict[str, float]]:
     """AUROC of the zero-shot scores on `tiny-imagenet-100`, near and mean of the far sets, of the written weights."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import tiny_imagenet_100 as protocol
 
     backbone = create_backbone("tiny", dtype="float32")
     backbone.model.load_state_dict(load_model(folder).state_dict())
-    results = protocol.run(backbone, packs, protocol.ZERO_SHOT, bootstrap=0)
+    results = protocol.run(backbone, packs, protocol.ZERO_SHOT, bootstrap=0, cache=str(cache))
     return {
         name: {"near": figures["per_set"]["near"]["auroc"], "far": figures["far_mean"]["auroc"]}
         for name, figures in results["detectors"].items()
@@ -492,7 +492,7 @@ class Training:
         print(json.dumps(top1, indent=2), flush=True)
         history = self.history()
         export(self.model.to("cpu"), TinyConfig(), out, history)
-        auroc = zero_shot_auroc(out, self.packs)
+        auroc = zero_shot_auroc(out, self.packs, self.work / "features")
         print(json.dumps(auroc, indent=2), flush=True)
         card = model_card(history, top1, auroc)
         write_atomically(out / "MODEL_CARD.md", lambda path: path.write_text(card, encoding="utf-8"))

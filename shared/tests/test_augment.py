@@ -97,7 +97,8 @@ def test_crops_keep_the_bounds_of_area_and_aspect(scale, shape):
     draw = random.Random(0)
     boxes = np.array([_random_box(*shape, scale, draw) for _ in range(400)])
     left, top, right, bottom = boxes.T
-    assert (left >= 0).all() and (top >= 0).all() and (right <= shape[0]).all() and (bottom <= shape[1]).all()
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= shape).all()
     w, h = right - left, bottom - top
     share, aspect = w * h / (shape[0] * shape[1]), w / h
     assert scale[0] - 0.01 < share.min() <= share.max() < scale[1] + 0.01  # sides are whole pixels
@@ -159,6 +160,9 @@ def test_the_fingerprint_changes_with_everything_that_changes_a_view(source):
     changes = [{"count": 3}, {"size": (32, 24)}, {"scale": (0.5, 1.0)}, {"seed": 2}, {"first": 1}]
     made = [Views(source, **usual | change).fingerprint for change in [{}, *changes]]
     made += [Views(source.subset([1, 0, 2, 3, 4]), **usual).fingerprint, source.fingerprint]
+    other_pixels = PILImages([noise(40, 50, seed=9)] * 5, ["a", "b", "a", "c", "b"], ids=source.ids)
+    assert other_pixels.labels.tolist() == source.labels.tolist()
+    made.append(Views(other_pixels, **usual).fingerprint)
     assert len(set(made)) == len(made)
     assert Views(source, **usual).fingerprint == made[0]
 

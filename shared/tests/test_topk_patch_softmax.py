@@ -95,9 +95,7 @@ def test_both_ways_of_summing_agree(monkeypatch, temperature, safe, dtype):
         plain = getattr(fast, way)
         monkeypatch.setattr(fast, way, lambda *args, way=way, plain=plain: used.append(way) or plain(*args))
     rtol = 1e-12 if dtype == torch.float64 else 1e-6 + 2e-7 / temperature  # logits up to 1 / temperature
-    expected = topk_patch_softmax(
-        *(x.double() for x in given), k=[1, 9], temperature=temperature, backend="reference"
-    )
+    expected = topk_patch_softmax(*(x.double() for x in given), k=[1, 9], temperature=temperature, backend="reference")
     for limit in (fast._SAFE, 0.0, 1e9):
         monkeypatch.setattr(fast, "_SAFE", limit)
         found = topk_patch_softmax(*given, k=[1, 9], temperature=temperature, backend="torch")

@@ -106,9 +106,9 @@ def train(
                 means = _step(parameters, losses, optimizer, rows, epoch, rank, world)
                 if not all(map(_finite, means.values())):
                     raise _diverged("loss", epoch, learning_rate, means)
+                if broken := [name for name, value in parameters.items() if not value.isfinite().all()]:
+                    raise _diverged(f"parameter {broken[0]!r}", epoch, learning_rate, means)
                 sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
-            if broken := [name for name, value in parameters.items() if not value.isfinite().all()]:
-                raise _diverged(f"parameter {broken[0]!r}", epoch, learning_rate, sums)
             averages = {name: value / len(batches) for name, value in sums.items()}
             history.append(averages | {"loss": sum(averages.values()), "learning_rate": learning_rate(epoch)})
             tell(history[-1])

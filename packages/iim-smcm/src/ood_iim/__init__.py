@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ood_iim import functional
     from ood_iim.detectors import IIM, SMCM
-    from ood_iim.explain import explain
     from ood_iim.learner import PromptLearner
 
 __version__ = "0.1.0"
 
-_HOMES = {"IIM": "detectors", "SMCM": "detectors", "PromptLearner": "learner", "explain": "explain"}
-__all__ = ["IIM", "SMCM", "PromptLearner", "explain", "functional"]
+_HOMES = {"IIM": "detectors", "SMCM": "detectors", "PromptLearner": "learner"}
+__all__ = ["IIM", "SMCM", "PromptLearner", "functional"]
 
 
 def __getattr__(name: str) -> Any:

@@ -525,9 +525,14 @@ _RELEASED = {
 }
 """Our name -> theirs and the number of dimensions."""
 
-# The released code saves its schedule with its optimiser as objects beside the tensors; PyTorch allows neither by
-# itself. They are rebuilt from plain values and dropped.
-_HARMLESS: list[Any] = [torch.optim.lr_scheduler.CosineAnnealingLR, torch.optim.SGD, defaultdict, dict]
+# The released code saves its schedule with its optimiser as objects beside the tensors, which PyTorch does not read
+# by itself. They are rebuilt from plain values, without code from the file, and dropped.
+_HARMLESS: list[Any] = [
+    torch.optim.lr_scheduler.CosineAnnealingLR,
+    torch.optim.SGD,
+    (lambda *default: {}, "collections.defaultdict"),
+    (dict, "builtins.dict"),
+]
 
 
 def _released_tensors(path: Path) -> dict[str, Tensor]:
@@ -540,9 +545,8 @@ def _released_tensors(path: Path) -> dict[str, Tensor]:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        raise DataError(
-            f"{path} is no checkpoint of tensors only ({type(error).__name__}: {reason.partition('. ')[0]})."
-        ) from error
+        reason = " ".join(reason.partition(". ")[0].split())
+        raise DataError(f"{path} is no checkpoint of tensors only ({type(error).__name__}: {reason}).") from error
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
     for key, dimensions in _RELEASED.values():
         if not isinstance(state.get(key), Tensor) or state[key].ndim != dimensions:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from ood_core.backbones.base import Backbone
 from ood_core.errors import UsageError
 from torch import Tensor, nn
@@ -143,8 +144,10 @@ class PromptLearner(nn.Module):
             hard_negative_mining: of `positive_loss`.
         """
         text, negatives = self()
+        if not (text.isfinite().all() and negatives.isfinite().all()):
+            return {"positive": text.sum() + negatives.sum()}  # not finite: the training loop says so and stops
         local, scale = local.to(text), self.backbone.logit_scale
-        logits, negative_logits = scale * local @ text.T, scale * local @ negatives.T
+        logits, negative_logits = (scale * F.linear(local, prompts) for prompts in (text, negatives))
         labels = labels.to(text.device)
         terms = {
             "positive": positive_loss(logits, negative_logits, labels, k=k, hard_negative_mining=hard_negative_mining)
