@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory import added_at_peak
 from ood_core import create_backbone
 from ood_core._files import write_json
 from ood_core.evaluation import environment
@@ -61,17 +62,17 @@ def measure(name: str, classes: int, negatives: int, steps: int) -> dict[str, fl
     local = F.normalize(torch.randn(BATCH, PATCHES, 512, generator=generator), dim=-1)
     labels = torch.randint(classes, (BATCH,), generator=generator)
     optimizer = torch.optim.SGD(learner.parameters(), lr=2.5e-4, momentum=0.9)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(steps):
+
+    def step() -> float:
         started = time.perf_counter()
         terms = learner.losses(local, labels, k=K)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - started)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    return {"seconds": sorted(seconds)[len(seconds) // 2], "mebibytes": peak}
+        return time.perf_counter() - started
+
+    seconds, peak = added_at_peak(lambda: [step() for _ in range(steps)])
+    return {"seconds": statistics.median(seconds), "mebibytes": peak}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ peak, each in a process of its own. Writes benchmarks/results/topk_patch_softmax
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory import added_at_peak
 from ood_core._files import write_json
 from ood_core.evaluation import environment
 from ood_core.ops import topk_patch_softmax
@@ -95,9 +95,7 @@ def measure(name: str, batch: int, device: str) -> float:
         before = torch.cuda.memory_allocated()
         JOBS[name](*tensors)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    JOBS[name](*tensors)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return added_at_peak(lambda: JOBS[name](*tensors))[1]
 
 
 def main() -> None:
