@@ -183,7 +183,8 @@ def tiny_page() -> str:
     recipes = read("tiny_recipes") or {}
     parts = ["# How the embedded backbone was trained\n"]
     for part in recipes.values():
-        header = ["recipe", "samples", *(key for key in ("minutes", "image", "single_patch") if key in part["rows"][0])]
+        shown = {key for row in part["rows"] for key in row}
+        header = ["recipe", "samples", *(key for key in ("minutes", "image", "single_patch") if key in shown)]
         rows = [[_shown(row.get(key)) for key in header] for row in part["rows"]]
         parts.append(f"{part['about'][0].upper()}{part['about'][1:]}.\n\n{table(header, rows)}")
     parts.append(

@@ -42,6 +42,15 @@ def iim(backbone, **options):
     return create_detector("iim", backbone=backbone, **FAST | options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for each other on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def features(small_backbone, image_folder):
     return extract(small_backbone, image_folder)

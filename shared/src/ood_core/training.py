@@ -139,11 +139,12 @@ def _step(
         torch.stack(list(parts.values())).sum().backward()
     means = {name: value.item() for name, value in parts.items()}
     for parameter in parameters.values():
-        if parameter.grad is None:  # zero, not absent: the optimiser treats them alike in every number of processes
-            parameter.grad = torch.zeros_like(parameter)
+        # Zero, not absent: the optimiser then does the same in any number of processes.
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if world > 1:
+            dist.all_reduce(gradient)
+        parameter.grad = gradient
     if world > 1:
-        for parameter in parameters.values():
-            dist.all_reduce(parameter.grad)
         everyone: list[dict[str, float]] = [{}] * world
         dist.all_gather_object(everyone, means)
         means = {name: sum(one.get(name, 0.0) for one in everyone) for name in everyone[0]}
