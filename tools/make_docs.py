@@ -74,7 +74,8 @@ def bfloat16(results: dict) -> str:
     return f"""## What bfloat16 weights move
 
 Average AUROC over the nine OOD sets of `tiny-imagenet-100`, in percent, with the weights of `tiny` in float32 and
-bfloat16 (scores are float32 in both).
+bfloat16 (scores are float32 in both; backbone fingerprint
+`{results["environment"]["backbones"][0]["fingerprint"][:12]}`).
 
 {table(["detector", "float32", "bfloat16", "difference"], rows)}
 Made by `benchmarks/bfloat16.py` from two runs of the protocol.
