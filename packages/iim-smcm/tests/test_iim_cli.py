@@ -112,7 +112,7 @@ def test_import(tmp_path, capsys):
         (["fit", "{data}/ood", "--out", "{tmp}/x", *QUICK], 2, "at least two classes"),
         (["fit", "{data}/train", "--out", "{tmp}/x", "--param", "lambda=3"], 2, "option of 'iim' 'lambda'"),
         (["fit", "{data}/train", "--out", "{tmp}/x", "--param", "train_k=33", *QUICK], 2, "train_k=33"),
-        (["fit", "{data}/train", "--out", "{tmp}/x", "--backbone", "timm:vit_tiny_patch16_224"], 2, "has no 'text'"),
+        (["fit", "{data}/train", "--out", "{tmp}/x", "--backbone", "timm:vit_tiny_patch16_224"], 2, "has no 'prompts'"),
         (["explain", "{data}/none.png", "--detector", "{detector}"], 3, "There is no image"),
         (["evaluate", "--detector", "{data}", "--id", "x", "--ood", "y", "--out", "{tmp}"], 3, "no saved detector"),
         (["reproduce", "--root", "{data}", "--study", "loses"], 2, "Did you mean 'losses'"),

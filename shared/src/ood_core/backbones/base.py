@@ -408,7 +408,7 @@ class Backbone(ABC):
         """
         if unknown := set(needs) - set(FEATURES):
             raise unknown_name("feature", sorted(unknown)[0], FEATURES)
-        self.require(*needs)
+        self.require(*sorted(needs))
         return frozenset(needs)
 
     def require(self, *capabilities: str) -> None:

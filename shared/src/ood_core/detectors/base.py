@@ -109,7 +109,7 @@ class Detector(ABC):
 
     def _attach(self, backbone: Backbone) -> None:
         """Check capabilities and take what is needed from a new backbone."""
-        backbone.require(*self.capabilities, *self.needs)
+        backbone.require(*sorted(self.capabilities | self.needs))
 
     def _class_texts(self, backbone: Backbone) -> Tensor:
         """Features [C, d] of the class names in this detector's template, on the CPU."""
