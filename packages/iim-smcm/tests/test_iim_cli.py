@@ -7,6 +7,7 @@ import pytest
 import torch
 from ood_core.data import scenes
 from ood_iim.cli import main
+from ood_iim.commands import _published
 from ood_iim.studies import STUDIES
 from PIL import Image
 
@@ -171,3 +172,11 @@ def test_studies_run_to_the_printed_table(study, imagenet, tmp_path, capsys, mon
     assert main(arguments) == 0
     assert "FPR95 / AUROC" in capsys.readouterr().out
     assert len(list(tmp_path.rglob("trial.json"))) == len(small)
+
+
+def test_table_2_stands_beside_the_study_of_the_losses():
+    rows = _published("losses", "ImageNet-500-Hard", [4])
+    assert len(rows) == len(STUDIES["losses"])
+    assert rows[-1]["average"] == {"fpr95": 27.81, "auroc": 93.55}
+    assert _published("losses", "ImageNet-1k", [4]) == _published("losses", "ImageNet-500-Hard", [16]) == []
+    assert _published("k", "ImageNet-500-Hard", [4]) == []

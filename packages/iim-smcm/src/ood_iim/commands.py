@@ -193,7 +193,7 @@ def reproduce(args: argparse.Namespace) -> None:
         for label, options in settings.items():
             name = f"{shots} shots{f', {label}' if label else ''}"
             results[name] = _trials(args, sets, backbone, shots, name, options | given)
-    published = [] if args.study else _published(found.title, args.shots)
+    published = _published(args.study, found.title, args.shots)
     extra = {name: _beyond_scores(args, sets, backbone, name) for name in results}
     if args.json:
         print_json({"protocol": args.protocol, "results": results, "study": extra, "published": published})
@@ -285,9 +285,17 @@ def _preset(protocol: str) -> dict[str, Any]:
     return {"crop_scale": 0.65, "negatives": "ignore"} if protocol == "imagenet-100" else {}
 
 
-def _published(title: str, shots: list[int]) -> list[dict[str, Any]]:
-    """Rows of the paper's Table 1 for this ID set: without training and with as many shots."""
-    table = json.loads((resources.files("ood_iim") / "published" / "table1.json").read_text(encoding="utf-8"))
+def _published(study: str | None, title: str, shots: list[int]) -> list[dict[str, Any]]:
+    """The paper's rows for this ID set: Table 1 without training and with as many shots, or Table 2 for the losses."""
+    if study not in (None, "losses"):
+        return []
+    file = "table2.json" if study else "table1.json"
+    table = json.loads((resources.files("ood_iim") / "published" / file).read_text(encoding="utf-8"))
+    if study:
+        if table["id"] != title or table["shots"] not in shots:
+            return []
+        averages = [{"average": {m: row[m] for m in _MEASURES}} | row for row in table["rows"]]
+        return [{"shots": table["shots"], "method": row["variant"], "ood": {}, **row} for row in averages]
     return [row for row in table["rows"] if row["id"] == title and row["shots"] in (0, *shots)]
 
 
