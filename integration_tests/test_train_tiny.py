@@ -97,7 +97,15 @@ def test_exported_weights_are_the_trained_function_and_a_run_continues_from_them
 
 def test_the_card_names_every_run_and_figure(script):
     run = {"samples": 1000, "small": 48, "small_share": 0.6, "muon_lr": 0.02, "adamw_lr": 0.0015, "weight_decay": 0.2}
-    run |= {"seed": 0, "hours": 0.5, "hardware": "a processor", "dtype": "float32", "torch": "2", "date": "2026-01-01"}
+    run |= {
+        "seed": 0,
+        "hours": 0.5,
+        "hardware": "a processor",
+        "dtype": "float32",
+        "torch": "2",
+        "date": "2026-01-01",
+        "photographs": 24,
+    }
     card = script.model_card(
         {"val_looks": 3, "runs": [run, run | {"samples": 2000}]},
         {"photographs": {"image": 0.512, "single_patch": 0.42, "mean_of_patches": 0.5}},
@@ -107,6 +115,7 @@ def test_the_card_names_every_run_and_figure(script):
         "1,000 images",
         "2,000 images",
         "3 times",
+        "24 photographs",
         "| photographs | 51.2 | 42.0 | 50.0 |",
         "| mcm | 71.0 | 65.2 |",
     ):

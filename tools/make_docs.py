@@ -188,6 +188,15 @@ def tiny_page() -> str:
         header = ["recipe", "samples", *(key for key in ("minutes", "image", "single_patch") if key in shown)]
         rows = [[_shown(row.get(key)) for key in header] for row in part["rows"]]
         parts.append(f"{part['about'][0].upper()}{part['about'][1:]}.\n\n{table(header, rows)}")
+    history = json.loads((ROOT / "shared/src/ood_core/tiny/config.json").read_text())["training"]["runs"]
+    rows = [
+        [f"{run['samples']:,}", f"{run['muon_lr']:g}", *(f"{100 * value:.1f}" for value in run["top1"].values())]
+        for run in history
+    ]
+    parts.append(
+        "The shipped weights, each run continuing from the one before; top-1 in percent on `val` by the text tower.\n\n"
+        + table(["samples", "Muon", "image", "single patch", "mean of patches"], rows)
+    )
     parts.append(
         "The weights that are shipped, and the runs they come from, are in "
         "[the model card](../shared/src/ood_core/tiny/MODEL_CARD.md). The last run, losses by images seen:\n\n"

@@ -356,7 +356,8 @@ methods, not enough for any real decision.
 - Architecture: `open_clip.CLIP`; image tower: residual convolutional stem, then 4 transformer blocks of width 192 over
   an 8 x 8 grid with class token; text tower: 4 causal blocks of width 192 over UTF-8 bytes, context 77; embedding
   width 192.
-- Data: 86,000 photographs of 200 classes (Tiny-ImageNet, training split; class names in {len(TEMPLATES)} templates) and
+- Data: {history["runs"][-1]["photographs"]:,} photographs of 200 classes (Tiny-ImageNet, training split; class names in
+  {len(TEMPLATES)} templates) and
   {Recipe.scenes_per_class * len(SCENE_NAMES):,} scenes of `ood_core.data.scenes` ("MATERIAL SHAPE"). No medical,
   texture, natural-scene, flower, digit, cartoon or sketch images. The terms of the photographs (ImageNet) allow
   non-commercial research and education.
@@ -490,14 +491,14 @@ class Training:
             )
         }
         print(json.dumps(top1, indent=2), flush=True)
-        history = self.history()
+        history = self.history(top1["photographs"])
         export(self.model.to("cpu"), TinyConfig(), out, history)
         auroc = zero_shot_auroc(out, self.packs, self.work / "features")
         print(json.dumps(auroc, indent=2), flush=True)
         card = model_card(history, top1, auroc)
         write_atomically(out / "MODEL_CARD.md", lambda path: path.write_text(card, encoding="utf-8"))
 
-    def history(self) -> dict:
+    def history(self, top1: dict[str, float]) -> dict:
         """The finished runs that these weights come from, this one last, and how often `val` was looked at so far."""
         before = json.loads((PACKAGE / "config.json").read_text()).get("training", {"val_looks": 0, "runs": []})
         keys = ("samples", "small", "small_share", "muon_lr", "adamw_lr", "weight_decay", "seed")
@@ -509,6 +510,8 @@ class Training:
             "dtype": str(self.precision).removeprefix("torch."),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
+            "photographs": self.photos,
+            "top1": top1,
         }
         earlier = before["runs"] if self.recipe.start else []
         return {"val_looks": before["val_looks"] + 1, "runs": [*earlier, run]}
