@@ -95,6 +95,25 @@ def test_exported_weights_are_the_trained_function_and_a_run_continues_from_them
     torch.testing.assert_close(again, backbone.encode_dense(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_patch_beside_the_object_is_to_look_like_every_class(script):
+    one_hot = torch.eye(4)[[0, 1, 2]]
+    objects = torch.zeros(1, 8, 8)
+    objects[0, :4] = 1  # the last image's object fills its upper half
+    targets = script.patch_targets(one_hot, objects, patches=4)
+    assert torch.equal(targets[:2], one_hot[:2, None].expand(2, 4, 4))  # no mask: the class everywhere
+    assert torch.equal(targets[2, :2], one_hot[2].expand(2, 4))
+    assert torch.equal(targets[2, 2:], torch.full((2, 4), 0.25))
+
+
+def test_masks_are_cut_with_their_images(script, recipe):
+    rng = torch.Generator().manual_seed(0)
+    masks = torch.rand(2, 64, 64, generator=rng) > 0.5
+    images = torch.cat([torch.zeros(3, 3, 64, 64), 255.0 * masks[:, None].expand(2, 3, 64, 64)])
+    x, objects = script.augment(images, masks, 64, 0, replace(recipe, jitter=0.0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (script.MEAN, script.STD))
+    torch.testing.assert_close((x * std + mean)[3:, 0], objects, atol=1e-5, rtol=0)
+
+
 def test_the_card_names_every_run_and_figure(script):
     run = {"samples": 1000, "small": 48, "small_share": 0.6, "muon_lr": 0.02, "adamw_lr": 0.0015, "weight_decay": 0.2}
     run |= {

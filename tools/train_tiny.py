@@ -11,7 +11,8 @@ where the processor has them, in float32 elsewhere.
 
 Recipe. Image tower: cross-entropy of the cosine to a learned class matrix (200 photograph classes and the
 8 x 8 generated "material shape" classes), for the image embedding and, so that local features mean something, for
-every patch of the value path. Text tower: learns the same matrix from the class names in several templates.
+every patch of the value path; where the object is known (the generated images have masks), a patch beside it is to
+look like every class alike. Text tower: learns the same matrix from the class names in several templates.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def load_pack(path: Path, split: str, wnids: list[str] | None) -> tuple[np.ndarr
     return images, np.array([index[x] for x in labels]), wnids, [names.get(w, w) for w in wnids]
 
 
-def load_training_data(packs: Path, work: Path, recipe: Recipe) -> tuple[Tensor, Tensor, list[str]]:
-    """Photographs then scenes, uint8 [N, 3, 64, 64], labels, class names; cached in `work`."""
+def load_training_data(packs: Path, work: Path, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Photographs then scenes, uint8 [N, 3, 64, 64], labels, object masks of the scenes, class names; cached."""
     cache = work / "train.npz"
     if not cache.exists():
         first, y1, wnids, names = load_pack(packs / "tiny-imagenet.parquet", "train", None)
@@ -103,11 +104,11 @@ def load_training_data(packs: Path, work: Path, recipe: Recipe) -> tuple[Tensor,
         made = scenes.render(SCENE_NAMES, recipe.scenes_per_class, size=64, seed=1000)
         images = np.concatenate([first, second, made.images])
         labels = np.concatenate([y1, y2, made.labels + len(wnids)])
-        np.savez(work / "train.tmp.npz", images=images, labels=labels, names=names + SCENE_NAMES)
+        np.savez(work / "train.tmp.npz", images=images, labels=labels, masks=made.masks, names=names + SCENE_NAMES)
         (work / "train.tmp.npz").rename(cache)
     data = np.load(cache)
     images = torch.from_numpy(data["images"]).permute(0, 3, 1, 2)
-    return images, torch.from_numpy(data["labels"]), data["names"].tolist()
+    return images, torch.from_numpy(data["labels"]), torch.from_numpy(data["masks"]), data["names"].tolist()
 
 
 def sample_batch(step: int, labels: Tensor, photos: int, recipe: Recipe) -> Tensor:
@@ -126,8 +127,11 @@ def sample_batch(step: int, labels: Tensor, photos: int, recipe: Recipe) -> Tens
     return torch.cat(rows)
 
 
-def augment(images: Tensor, size: int, step: int, recipe: Recipe) -> Tensor:
-    """Random crop (area, aspect 3/4 to 4/3), flip, brightness and contrast; normalised float [B, 3, size, size]."""
+def augment(images: Tensor, masks: Tensor, size: int, step: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Random crop (area, aspect 3/4 to 4/3), flip, brightness and contrast.
+
+    Returns normalised images [B, 3, size, size] and, cut alike, the object masks of the last M of them.
+    """
     count, device = len(images), images.device
     rng = torch.Generator().manual_seed(recipe.seed * 7_000_003 + step)
     draw = torch.rand(6, count, generator=rng)
@@ -139,11 +143,13 @@ def augment(images: Tensor, size: int, step: int, recipe: Recipe) -> Tensor:
     theta[:, 1, 1] = sy
     theta[:, 0, 2], theta[:, 1, 2] = (1 - sx) * (2 * draw[2] - 1), (1 - sy) * (2 * draw[3] - 1)
     grid = F.affine_grid(theta.to(device), [count, 3, size, size], align_corners=False)
-    out = F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    sample = functools.partial(F.grid_sample, mode="bilinear", padding_mode="reflection", align_corners=False)
+    out = sample(images.float() / 255, grid)
+    objects = sample(masks[:, None].to(out), grid[count - len(masks) :])[:, 0]
     gain = 1 + recipe.jitter * (2 * torch.rand(2, count, 1, 1, 1, generator=rng) - 1).to(device)
     out = (out * gain[0] - 0.5) * gain[1] + 0.5
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return ((out - mean) / std).contiguous(memory_format=torch.channels_last)
+    return ((out - mean) / std).contiguous(memory_format=torch.channels_last), objects
 
 
 # ---- model: the towers with plain-matmul attention, 1.8x faster to train on CPU than the fused one
@@ -262,8 +268,19 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
 
 
+def patch_targets(one_hot: Tensor, objects: Tensor, patches: int) -> Tensor:
+    """Class shares [B, P, C] for every patch: its image's class [B, C] as far as the object covers it, else all alike.
+
+    Masks [M, H, W] belong to the last M images; an image without one counts as object everywhere.
+    """
+    side = math.isqrt(patches)
+    covered = one_hot.new_ones(len(one_hot), patches, 1)
+    covered[len(one_hot) - len(objects) :, :, 0] = F.adaptive_avg_pool2d(objects, side).flatten(1)
+    return covered * one_hot[:, None] + (1 - covered) / one_hot.shape[1]
+
+
 def losses(
-    model: Trainee, x: Tensor, labels: Tensor, tokens: Tensor, token_labels: Tensor, recipe: Recipe
+    model: Trainee, x: Tensor, objects: Tensor, labels: Tensor, tokens: Tensor, token_labels: Tensor, recipe: Recipe
 ) -> list[Tensor]:
     """Image, patch and text cross-entropies."""
     image, local = image_features(model.clip.visual, x)
@@ -271,8 +288,9 @@ def losses(
     classes = F.normalize(model.classes, dim=-1)
     smoothing = recipe.label_smoothing
     image_loss = F.cross_entropy(scale * image @ classes.T, labels, label_smoothing=smoothing)
-    local_logits = (scale * local @ classes.T).flatten(0, 1)
-    patch_loss = F.cross_entropy(local_logits, labels.repeat_interleave(local.shape[1]), label_smoothing=smoothing)
+    targets = patch_targets(F.one_hot(labels, len(classes)).to(local), objects, local.shape[1])
+    local_logits = scale * local @ classes.T
+    patch_loss = F.cross_entropy(local_logits.flatten(0, 1), targets.flatten(0, 1), label_smoothing=smoothing)
     text = text_features(model.clip, tokens)
     target = classes.detach()
     text_loss = F.cross_entropy(20 * text @ target.T, token_labels) + (1 - (text * target[token_labels]).sum(-1)).mean()
@@ -391,7 +409,7 @@ class Training:
         self.packs, self.work, self.device, self.recipe = packs, work, device, recipe
         self.precision = _resolve_dtype("auto", torch.device(device))
         work.mkdir(parents=True, exist_ok=True)
-        self.images, self.labels, self.names = load_training_data(packs, work, recipe)
+        self.images, self.labels, self.masks, self.names = load_training_data(packs, work, recipe)
         self.photo_classes = len(self.names) - len(SCENE_NAMES)
         self.photos = int((self.labels < self.photo_classes).sum())
         torch.manual_seed(recipe.seed)
@@ -405,7 +423,7 @@ class Training:
             self.load()
         elif start is not None:
             rows = sample_batch(0, self.labels, self.photos, replace(recipe, batch=512))
-            images = augment(self.images[rows].to(device), 64, 0, recipe)
+            images, _ = augment(self.images[rows].to(device), self.masks[:0], 64, 0, recipe)
             self.model.continue_from(start, images, self.texts.to(device))
 
     def load(self) -> None:
@@ -432,14 +450,16 @@ class Training:
         recipe, device = self.recipe, self.device
         rows = sample_batch(self.step, self.labels, self.photos, recipe)
         size = recipe.small if self.step < recipe.small_share * recipe.steps else 64
-        x = augment(self.images[rows].to(device), size, self.step, recipe)
+        masks = self.masks[rows[rows >= self.photos] - self.photos]  # a batch ends with its scenes
+        x, objects = augment(self.images[rows].to(device), masks.to(device), size, self.step, recipe)
         rng = torch.Generator().manual_seed(recipe.seed * 9_000_003 + self.step)
         chosen = torch.randint(len(self.names), (recipe.texts,), generator=rng)
         tokens = self.texts[torch.randint(len(TEMPLATES), (recipe.texts,), generator=rng), chosen]
         for group, lr in zip(self.optimizer.param_groups, (recipe.muon_lr, recipe.adamw_lr), strict=True):
             group["lr"] = lr * learning_rate_factor(self.step, recipe)
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            parts = losses(self.model, x, self.labels[rows].to(device), tokens.to(device), chosen.to(device), recipe)
+            labels = self.labels[rows].to(device)
+            parts = losses(self.model, x, objects, labels, tokens.to(device), chosen.to(device), recipe)
         self.optimizer.zero_grad(set_to_none=True)
         sum(parts).backward()
         self.optimizer.step()
@@ -526,7 +546,8 @@ def main() -> None:
     parser.add_argument("--out", default=str(PACKAGE), help="where the weights go (default: into the package)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=Recipe.samples)
-    parser.add_argument("--small", type=int, default=Recipe.small, help="image side during the first 60 %% of the run")
+    parser.add_argument("--small", type=int, default=Recipe.small, help="image side during the first part of the run")
+    parser.add_argument("--small-share", type=float, default=Recipe.small_share, help="how long that part is")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="give a continued run another one")
     parser.add_argument("--continue", dest="start", action="store_true", help="from the weights in the package")
@@ -537,6 +558,7 @@ def main() -> None:
     recipe = Recipe(
         samples=args.samples,
         small=args.small,
+        small_share=args.small_share,
         muon_lr=args.muon_lr,
         adamw_lr=Recipe.adamw_lr * args.muon_lr / Recipe.muon_lr,
         seed=args.seed,

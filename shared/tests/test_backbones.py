@@ -14,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from ood_core.backbones import create_backbone, list_backbones
-from ood_core.backbones.base import value_path
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.open_clip import image_transform as open_clip_transform
 from ood_core.backbones.timm import TimmBackbone
@@ -444,7 +443,7 @@ def last_block_input(block, run):
 def value_features(backbone, x):
     """Local features in the precision of the weights."""
     with torch.no_grad():
-        return backbone._local_embedding(value_path(backbone._block_parts(), backbone.prefix(x)))
+        return backbone._local_embedding(backbone.layers()[-1].parts.value_path(backbone.prefix(x)))
 
 
 def check_value_path(backbone, block, expected_from):
@@ -787,6 +786,79 @@ def test_last_block_is_the_rest_of_the_network(backbone):
     torch.testing.assert_close(F.normalize(embedding, dim=-1), backbone.encode_image(x))
 
 
+def layered():
+    """A backbone of every family whose blocks are known."""
+    return [
+        clip_backbone(),
+        TransformersBackbone(clip_to_hf(clip_model(quick_gelu=True), activation="quick_gelu"), square(32)),
+        timm_backbone(vit(num_classes=5)),
+        timm_backbone(vit(reg_tokens=2, global_pool="avg")),
+        TransformersBackbone(dino_to_hf(vit(), registers=0), square(28)),
+        timm_backbone(swin(SwinTransformer)),
+        *swin_pair(3),
+    ]
+
+
+@pytest.mark.parametrize("backbone", layered())
+def test_a_block_is_its_attention_then_its_feed_forward(backbone):
+    """For every layer of every tower: `parts` is the library's own block, and the layers are the network."""
+    backbone.model.double()
+    with torch.no_grad():
+        tokens = backbone.embed(pixels(backbone).double())
+        for layer in backbone.layers():
+            before = layer.enter(tokens)
+            after = layer.parts.feed_forward(layer.parts.attend(before))
+            tokens = layer(tokens)
+            torch.testing.assert_close(after, tokens, rtol=1e-10, atol=1e-10)
+        embedding = F.normalize(backbone._image_embedding(tokens), dim=-1)
+    torch.testing.assert_close(embedding.float(), backbone.encode_image(pixels(backbone)), rtol=1e-5, atol=1e-6)
+    kinds = {name.rpartition(".")[0] for name in backbone.linears() if name.startswith("visual.")} - {"visual"}
+    assert {layer.name for layer in backbone.layers()} == kinds
+
+
+def test_text_blocks_are_their_attention_then_their_feed_forward(tokenizer):
+    hf = clip_to_hf(clip_model(quick_gelu=True), activation="quick_gelu")
+    theirs = TransformersBackbone(hf, square(32), tokenizer=tokenizer)
+    for backbone in (clip_backbone(quick_gelu=True), theirs):
+        backbone.model.double()
+        with torch.no_grad():
+            embeddings, end = backbone._embed_texts(TEXTS)
+            x = backbone._add_positions(embeddings)
+            for layer in backbone.layers("text", x.shape[1]):
+                torch.testing.assert_close(
+                    layer.parts.feed_forward(layer.parts.attend(x)), layer(x), atol=1e-10, rtol=0
+                )
+                x = layer(x)
+            features = F.normalize(backbone._project_text(backbone._read_end(x, end)), dim=-1)
+        torch.testing.assert_close(features.float(), backbone.encode_text(TEXTS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", layered())
+def test_only_a_pooled_class_token_reads_it_alone(backbone):
+    """Changing the patches behind the last block changes the image embedding unless it reads the class token."""
+    with torch.no_grad():
+        tokens = backbone._run_last_block(backbone.prefix(pixels(backbone)))
+        changed = tokens.clone()
+        changed.view(len(tokens), -1, tokens.shape[-1])[:, -1] += torch.arange(tokens.shape[-1])
+        same = torch.equal(backbone._image_embedding(tokens), backbone._image_embedding(changed))
+    assert same == backbone.reads_class_token
+
+
+@pytest.mark.parametrize("backbone", layered())
+def test_a_copy_is_independent(backbone):
+    name = backbone.linears()[0]
+    twin = backbone.copy()
+    assert twin.fingerprint == backbone.fingerprint
+    x = pixels(backbone)
+    assert torch.equal(twin.encode_image(x), backbone.encode_image(x))
+    before = backbone.fingerprint
+    twin.linear(name).set(torch.zeros_like(twin.linear(name).weight))
+    assert backbone.fingerprint == before != twin.fingerprint
+    assert torch.equal(twin.copy().encode_image(x), twin.encode_image(x))
+    assert twin.copy().fingerprint == twin.fingerprint
+    assert not torch.equal(twin.encode_image(x), backbone.encode_image(x))
+
+
 def test_prompt_errors_name_what_is_wrong(clip):
     with pytest.raises(
         ValueError, match=r"'word word.*' with 16 context tokens needs 83 tokens; the text tower takes 77"
@@ -839,6 +911,17 @@ def test_an_edit_is_seen_and_comes_back_bit_by_bit(backbone, name):
     assert all(torch.equal(value, state[key]) for key, value in backbone.model.state_dict().items())
     assert backbone.fingerprint == fingerprint
     assert torch.equal(backbone.encode_image(x), features)
+
+
+@pytest.mark.parametrize(("backbone", "name"), edit_cases())
+def test_a_placed_weight_is_what_an_edit_writes_and_carries_gradients(backbone, name):
+    linear = backbone.linear(name)
+    new = (1.5 * linear.weight).requires_grad_()
+    placed = linear.placed(new)
+    with linear.edited(new.detach()):
+        assert torch.equal(placed, linear.parameter)
+    placed.sum().backward()
+    assert torch.equal(new.grad, torch.ones_like(new))
 
 
 def test_row_blocks_are_edited_alone(clip):

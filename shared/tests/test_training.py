@@ -117,6 +117,30 @@ def test_a_parameter_without_gradient_still_decays():
     assert run.parameters["idle"].item() == pytest.approx(1 - rate(0) * 1e-2)
 
 
+def test_the_rate_may_change_with_every_step():
+    asked = []
+
+    def cosine(epoch):
+        asked.append(epoch)
+        return 0.1 * (1 - epoch / 2)
+
+    plain = nn.Parameter(torch.ones(1))
+    history = train(
+        {"w": plain},
+        lambda rows, epoch: {"w": plain.sum()},
+        size=3,
+        epochs=2,
+        batch_size=2,
+        optimizer=torch.optim.SGD([plain], lr=1.0),
+        learning_rate=cosine,
+        per_step=True,
+        seed=0,
+    )
+    assert asked == [0, 0.5, 1, 1.5]
+    assert plain.item() == pytest.approx(1 - 0.1 * (1 + 0.75 + 0.5 + 0.25))
+    assert history[-1]["learning_rate"] == pytest.approx(0.025)
+
+
 def test_nothing_to_train_on():
     parameter = nn.Parameter(torch.ones(1))
     with pytest.raises(UsageError, match="at least one labelled image"):

@@ -35,8 +35,9 @@ def train(
     epochs: int,
     batch_size: int,
     optimizer: torch.optim.Optimizer,
-    learning_rate: Callable[[int], float],
+    learning_rate: Callable[[float], float],
     seed: int,
+    per_step: bool = False,
     drop_last: bool = False,
     checkpoint: str | Path | None = None,
     resume: bool = True,
@@ -60,6 +61,7 @@ def train(
         optimizer: of `parameters`.
         learning_rate: epoch (from 0) -> rate; stepped once per epoch.
         seed: of the order.
+        per_step: step the rate with every batch instead; `learning_rate` is then given fractions of epochs.
         drop_last: leave out the last, smaller batch of an epoch, if it is not the only one.
         checkpoint: file (safetensors) written after every epoch; None keeps nothing.
         resume: go on from `checkpoint` if it is there.
@@ -95,22 +97,23 @@ def train(
             raise UsageError(f"{file} holds {len(history)} epochs, more than the {epochs} asked for: remove it.")
     with _bar(epochs, len(history), False if rank else progress) as tell:
         for epoch in range(len(history), epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             batches = list(torch.randperm(size, generator=generator).split(batch_size))
             if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
                 batches.pop()
             sums: dict[str, float] = {}
-            for rows in batches:
+            for number, rows in enumerate(batches):
+                rate = learning_rate(epoch + number / len(batches) if per_step else epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 means = _step(parameters, losses, optimizer, rows, epoch, rank, world)
                 if not all(map(_finite, means.values())):
-                    raise _diverged("loss", epoch, learning_rate, means)
+                    raise _diverged("loss", epoch, rate, means)
                 if broken := [name for name, value in parameters.items() if not value.isfinite().all()]:
-                    raise _diverged(f"parameter {broken[0]!r}", epoch, learning_rate, means)
+                    raise _diverged(f"parameter {broken[0]!r}", epoch, rate, means)
                 sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
             averages = {name: value / len(batches) for name, value in sums.items()}
-            history.append(averages | {"loss": sum(averages.values()), "learning_rate": learning_rate(epoch)})
+            history.append(averages | {"loss": sum(averages.values()), "learning_rate": rate})
             tell(history[-1])
             if file is not None and rank == 0:
                 _save(file, described, parameters, optimizer, history)
@@ -156,10 +159,9 @@ def _finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-def _diverged(what: str, epoch: int, learning_rate: Callable[[int], float], losses: dict[str, float]) -> DataError:
+def _diverged(what: str, epoch: int, rate: float, losses: dict[str, float]) -> DataError:
     return DataError(
-        f"The {what} is no longer finite in epoch {epoch + 1} ({losses}): lower the learning rate "
-        f"({learning_rate(epoch):g} now)."
+        f"The {what} is no longer finite in epoch {epoch + 1} ({losses}): lower the learning rate ({rate:g} now)."
     )
 
 

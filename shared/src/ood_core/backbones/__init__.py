@@ -75,7 +75,8 @@ def create_backbone(
 
     Args:
         spec: "tiny" (embedded, needs no network), "open_clip:ARCHITECTURE/TAG", "open_clip:ARCHITECTURE" (random
-            weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME" (random weights), "hf:NAME_OR_FOLDER".
+            weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME" (random weights), "hf:NAME_OR_FOLDER";
+            any of them with "+edit:FOLDER" behind it, which is the same as `edit=FOLDER`.
         device: where it runs.
         dtype: precision of the weights: "auto" (bfloat16 on GPUs and on CPUs with bfloat16 instructions, float32
             elsewhere), "float32", "bfloat16", "float16" or a torch dtype. Results are float32 in any case.
@@ -94,6 +95,8 @@ def create_backbone(
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec must be a string such as 'tiny', got {spec!r}.")
+    spec, _, named_edit = spec.partition("+edit:")
+    edit = edit or named_edit or None
     library, _, name = spec.partition(":")
     if library not in _LOADERS or (library == "tiny") == bool(name):
         raise unknown_name("backbone", spec, list_backbones())

@@ -6,13 +6,14 @@ value path, text truncation and prompt learning are here, once.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from ood_core.backbones.linear import NamedLinear
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError, unknown_name
 
-__all__ = ["FEATURES", "Backbone", "BlockParts", "identity", "value_path"]
+__all__ = ["FEATURES", "Backbone", "BlockParts", "Layer", "identity"]
 
 FEATURES = ("image", "local", "logits")
 
@@ -44,9 +45,13 @@ def identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a transformer block is made of, as functions on tokens [..., D] (`post_norm`: Swin v2's order)."""
+    """What a transformer block is made of, as functions on tokens [..., D] (`post_norm`: Swin v2's order).
+
+    The block itself is `feed_forward(attend(x))`.
+    """
 
     norm1: Callable[[Tensor], Tensor]
+    attention: Callable[[Tensor], Tensor]
     value: Callable[[Tensor], Tensor]
     out: Callable[[Tensor], Tensor]
     norm2: Callable[[Tensor], Tensor]
@@ -55,24 +60,56 @@ class BlockParts:
     scale2: Callable[[Tensor], Tensor] = identity
     post_norm: bool = False
 
+    def attend(self, x: Tensor) -> Tensor:
+        """Tokens behind the attention and its residual."""
+        return self._residual(x, self.norm1, self.attention, self.scale1)
 
-def value_path(block: BlockParts, x: Tensor) -> Tensor:
-    """The block with its attention weights replaced by the identity: every token sees only itself.
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Tokens behind the MLP and its residual."""
+        return self._residual(x, self.norm2, self.mlp, self.scale2)
 
-    Local features of GL-MCM, LoCoOp, IIM and SeTAR: value and output projection, both residuals, the MLP.
+    def value_path(self, x: Tensor) -> Tensor:
+        """The block with its attention weights replaced by the identity: every token sees only itself.
 
-    Args:
-        block: the last block.
-        x: its input tokens [..., D].
+        Local features of GL-MCM, LoCoOp, IIM and SeTAR: value and output projection, both residuals, the MLP.
 
-    Returns:
-        Tokens of the same shape.
+        Args:
+            x: input tokens [..., D] of the block.
+
+        Returns:
+            Tokens of the same shape.
+        """
+        return self.feed_forward(self._residual(x, self.norm1, lambda y: self.out(self.value(y)), self.scale1))
+
+    def _residual(
+        self,
+        x: Tensor,
+        norm: Callable[[Tensor], Tensor],
+        function: Callable[[Tensor], Tensor],
+        scale: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        return x + scale(norm(function(x)) if self.post_norm else function(norm(x)))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of a tower, from the tokens that the block below gives to those it gives itself.
+
+    Attributes:
+        name: "TOWER.LAYER" as in the names of its weights, e.g. "visual.11".
+        block: the library's own block as a function of tokens.
+        parts: what the block is made of.
+        enter: what lies between the block below and this one (Swin's patch merging), else nothing.
     """
-    if block.post_norm:
-        x = x + block.scale1(block.norm1(block.out(block.value(x))))
-        return x + block.scale2(block.norm2(block.mlp(x)))
-    x = x + block.scale1(block.out(block.value(block.norm1(x))))
-    return x + block.scale2(block.mlp(block.norm2(x)))
+
+    name: str
+    block: Callable[[Tensor], Tensor]
+    parts: BlockParts
+    enter: Callable[[Tensor], Tensor] = identity
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer."""
+        return self.block(self.enter(x))
 
 
 # Prompts per text pass: enough to fill a processor, few enough to be of like length.
@@ -120,8 +157,25 @@ class Backbone(ABC):
     # ---- what an adapter provides
 
     @abstractmethod
-    def prefix(self, x: Tensor) -> Tensor:
-        """Input tokens of the last block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin)."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Input tokens of the first block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
+
+        A network without known blocks gives the image embedding.
+        """
+
+    def layers(self, tower: str = "visual", length: int | None = None) -> list[Layer]:
+        """The blocks of a tower, bottom first; none where they are not known.
+
+        Args:
+            tower: "visual" or "text".
+            length: tokens per text, for the causal mask.
+        """
+        return []
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the image embedding depends on the class token of the last block alone."""
+        return False
 
     @property
     def last_block(self) -> nn.Module:
@@ -134,9 +188,6 @@ class Backbone(ABC):
 
     def _local_embedding(self, tokens: Tensor) -> Tensor:
         """[B, P, d] from tokens behind the last block (or its value path), not normalised."""
-        raise self._lacks("local")
-
-    def _block_parts(self) -> BlockParts:
         raise self._lacks("local")
 
     def _logits(self, embedding: Tensor) -> Tensor:
@@ -158,8 +209,12 @@ class Backbone(ABC):
         """Token embeddings [N, L, D] without positions."""
         raise self._lacks("text")
 
-    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """[N, D] from token embeddings [N, L, D], read at position `end` [N], before the text projection."""
+    def _add_positions(self, embeddings: Tensor) -> Tensor:
+        """Input tokens [N, L, D] of the first text block."""
+        raise self._lacks("text")
+
+    def _text_norm(self, hidden: Tensor) -> Tensor:
+        """The norm [N, D] behind the last text block."""
         raise self._lacks("text")
 
     def _project_text(self, hidden: Tensor) -> Tensor:
@@ -170,6 +225,16 @@ class Backbone(ABC):
     def text_projection(self) -> Tensor:
         """The last linear map of the text tower, [D, d]: embedding = hidden @ text_projection."""
         raise self._lacks("prompts")
+
+    def copy(self) -> Self:
+        """An independent backbone with the same weights."""
+        twin = self._twin(copy.deepcopy(self.model))
+        twin._hash, twin._edits = self._hash, dict(self._edits)
+        return twin
+
+    def _twin(self, model: nn.Module) -> Self:
+        """This backbone around another model of the same kind."""
+        return type(self)(model, self.transform, spec=self.spec)
 
     # ---- device and precision
 
@@ -184,6 +249,17 @@ class Backbone(ABC):
         return next(self.model.parameters()).dtype
 
     # ---- images
+
+    def prefix(self, x: Tensor) -> Tensor:
+        """Input tokens of the last block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
+
+        A network without known blocks gives the image embedding.
+        """
+        x = self.embed(x)
+        layers = self.layers()
+        for layer in layers[:-1]:
+            x = layer(x)
+        return layers[-1].enter(x) if layers else x
 
     @torch.no_grad()
     def encode(
@@ -217,7 +293,7 @@ class Backbone(ABC):
             if "logits" in needs:
                 out["logits"] = self._logits(embedding).float()
         if "local" in needs:
-            patches = value_path(self._block_parts(), tokens) if local == "value" else full
+            patches = self.layers()[-1].parts.value_path(tokens) if local == "value" else full
             out["local"] = _finish(self._local_embedding(patches), normalize)
         return out
 
@@ -287,10 +363,25 @@ class Backbone(ABC):
         return _finish(self._texts[key].clone(), normalize)
 
     def _encode_text_chunk(self, texts: list[str]) -> Tensor:
+        embeddings, end = self._embed_texts(texts)
+        return self._project_text(self._text_hidden(embeddings, end)).float()
+
+    def _embed_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token embeddings [N, L, D] without positions, and the end positions [N]."""
         ids = self._tokenize(texts).to(self.device)
         end = self._end_positions(ids)
         ids = ids[:, : int(end.max()) + 1]  # exact: no token sees what comes behind it
-        return self._project_text(self._text_hidden(self._embed_tokens(ids), end)).float()
+        return self._embed_tokens(ids), end
+
+    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """[N, D] from token embeddings [N, L, D], read at position `end` [N], before the text projection."""
+        x = self._add_positions(embeddings)
+        for layer in self.layers("text", x.shape[1]):
+            x = layer(x)
+        return self._read_end(x, end)
+
+    def _read_end(self, x: Tensor, end: Tensor) -> Tensor:
+        return self._text_norm(x[torch.arange(len(x), device=x.device), end])
 
     def encode_prompts(
         self,
@@ -345,10 +436,8 @@ class Backbone(ABC):
         """Token embeddings [C, L, D] of "NAME." and their end positions [C], kept for the next step of a training."""
         key = (self.fingerprint, str(self.device), str(self.dtype), names)
         if key not in self._words:
-            ids = self._tokenize([f"{name}." for name in names]).to(self.device)
-            end = self._end_positions(ids)
             with torch.no_grad():
-                words = self._embed_tokens(ids[:, : int(end.max()) + 1])
+                words, end = self._embed_texts([f"{name}." for name in names])
             self._words = dict(list(self._words.items())[-3:]) | {key: (words, end)}
         return self._words[key]
 

@@ -57,6 +57,21 @@ class NamedLinear:
             self.weight.copy_(weight)
         self.on_change(self, before)
 
+    def placed(self, weight: Tensor) -> Tensor:
+        """The library's whole parameter with another matrix in this one's place; gradients reach `weight`.
+
+        Args:
+            weight: [out, in].
+
+        Returns:
+            A tensor of the shape of `parameter`; nothing is changed.
+        """
+        weight = weight.to(self.parameter.dtype)
+        if self.rows is not None:
+            whole = self.parameter.detach()
+            weight = torch.cat([whole[: self.rows.start], weight, whole[self.rows.stop :]])
+        return weight.T if self.transposed else weight
+
     @contextmanager
     def edited(self, weight: Tensor) -> Iterator[None]:
         """Use another weight inside a `with` block; the old one comes back bit by bit, also after an exception.

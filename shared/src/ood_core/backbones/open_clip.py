@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import open_clip
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from ood_core.backbones.base import Backbone, BlockParts
+from ood_core.backbones.base import Backbone, BlockParts, Layer
 from ood_core.backbones.linear import NamedLinear, fused_qkv
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import MissingDataError, UsageError, unknown_name
@@ -47,10 +48,14 @@ class OpenCLIPBackbone(Backbone):
             self.width = self.visual.output_dim
         else:
             self.width = _output_width(self.visual, transform)
-        if _is_causal(self.text):
+        self._causal = _is_causal(self.text)
+        if self._causal:
             capabilities.add("prompts")
             self.context_length = self.text.context_length
         self.capabilities = frozenset(capabilities)
+
+    def _twin(self, model: nn.Module) -> Self:
+        return type(self)(model, self.tokenizer, self.transform, spec=self.spec)
 
     def _is_plain_transformer(self) -> bool:
         visual = self.visual
@@ -62,14 +67,20 @@ class OpenCLIPBackbone(Backbone):
 
     # ---- images
 
-    def prefix(self, x: Tensor) -> Tensor:
-        """Input tokens of the last block [B, 1 + P, D]; the image embedding itself for other towers."""
-        if "blocks" not in self.capabilities:
-            return self.visual(x)
-        x = self.visual._embeds(x)
-        for block in self.visual.transformer.resblocks[:-1]:
-            x = block(x)
-        return x
+    def embed(self, x: Tensor) -> Tensor:
+        """Input tokens of the first block [B, 1 + P, D]; the image embedding itself for other towers."""
+        return self.visual._embeds(x) if "blocks" in self.capabilities else self.visual(x)
+
+    def layers(self, tower: str = "visual", length: int | None = None) -> list[Layer]:
+        """Blocks of a plain image tower or a causal text tower."""
+        if tower == "visual":
+            return _layers("visual", self.visual, None) if "blocks" in self.capabilities else []
+        return _layers("text", self.text, self.text.attn_mask[:length, :length]) if self._causal else []
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the image tower pools its class token."""
+        return "blocks" in self.capabilities and self.visual.pool_type == "tok"
 
     @property
     def last_block(self) -> nn.Module:
@@ -87,15 +98,6 @@ class OpenCLIPBackbone(Backbone):
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.visual.proj is None else x @ self.visual.proj
-
-    def _block_parts(self) -> BlockParts:
-        block: Any = self.last_block
-        attn, width = block.attn, block.attn.embed_dim
-
-        def value(x: Tensor) -> Tensor:
-            return F.linear(x, attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :])
-
-        return BlockParts(block.ln_1, value, attn.out_proj, block.ln_2, block.mlp, block.ls_1, block.ls_2)
 
     # ---- texts
 
@@ -116,12 +118,11 @@ class OpenCLIPBackbone(Backbone):
     def _embed_tokens(self, ids: Tensor) -> Tensor:
         return self.text.token_embedding(ids)
 
-    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        length = embeddings.shape[1]
-        x = embeddings + self.text.positional_embedding[:length]
-        mask = self.text.attn_mask
-        x = self.text.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
-        return self.text.ln_final(x)[torch.arange(len(x), device=x.device), end]
+    def _add_positions(self, embeddings: Tensor) -> Tensor:
+        return embeddings + self.text.positional_embedding[: embeddings.shape[1]]
+
+    def _text_norm(self, hidden: Tensor) -> Tensor:
+        return self.text.ln_final(hidden)
 
     def _project_text(self, hidden: Tensor) -> Tensor:
         projection = self.text.text_projection
@@ -154,6 +155,23 @@ class OpenCLIPBackbone(Backbone):
 
     def _projection(self, name: str, parameter: nn.Parameter) -> NamedLinear:
         return NamedLinear(name, parameter, transposed=True, on_change=self._record_edit)
+
+
+def _layers(tower: str, owner: Any, mask: Tensor | None) -> list[Layer]:
+    return [
+        Layer(f"{tower}.{index}", partial(block, attn_mask=mask), _block_parts(block, mask))
+        for index, block in enumerate(owner.transformer.resblocks)
+    ]
+
+
+def _block_parts(block: Any, mask: Tensor | None) -> BlockParts:
+    attn, width = block.attn, block.attn.embed_dim
+
+    def value(x: Tensor) -> Tensor:
+        return F.linear(x, attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :])
+
+    attention = partial(block.attention, attn_mask=mask)
+    return BlockParts(block.ln_1, attention, value, attn.out_proj, block.ln_2, block.mlp, block.ls_1, block.ls_2)
 
 
 def _block_weights(block: Any) -> dict[str, Any]:

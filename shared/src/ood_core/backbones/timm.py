@@ -17,7 +17,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from ood_core.backbones.base import Backbone, BlockParts, identity
+from ood_core.backbones.base import Backbone, BlockParts, Layer, identity
 from ood_core.backbones.linear import NamedLinear, fused_qkv
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import MissingDataError, UsageError, unknown_name
@@ -90,21 +90,28 @@ class TimmBackbone(Backbone):
 
     # ---- images
 
-    def prefix(self, x: Tensor) -> Tensor:
-        """Input tokens of the last block, [B, T, D], for Swin [B, h, w, D]; else the image embedding."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Input tokens of the first block, [B, T, D], for Swin [B, h, w, D]; else the image embedding."""
         network = self.network
         if "blocks" not in self.capabilities:
             return network.forward_head(network.forward_features(x), pre_logits=True)
         x = network.patch_embed(x)
-        if self._swin:
-            x = network.layers[-1].downsample(network.layers[:-1](x))
-            blocks = network.layers[-1].blocks
-        else:
-            x = network.norm_pre(network.patch_drop(network._pos_embed(x)))
-            blocks = network.blocks
-        for block in blocks[:-1]:
-            x = block(x)
-        return x
+        return x if self._swin else network.norm_pre(network.patch_drop(network._pos_embed(x)))
+
+    def layers(self, tower: str = "visual", length: int | None = None) -> list[Layer]:
+        """Blocks of a plain or Swin transformer whose head reads tokens."""
+        if tower != "visual" or "blocks" not in self.capabilities:
+            return []
+        post_norm = isinstance(self.network, SwinTransformerV2)
+        return [
+            Layer(f"visual.{name}", block, _block_parts(block, post_norm), enter)
+            for name, block, enter in self._blocks()
+        ]
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether a plain transformer pools its class token."""
+        return not self._swin and "blocks" in self.capabilities and self.network.global_pool == "token"
 
     @property
     def last_block(self) -> nn.Module:
@@ -125,42 +132,45 @@ class TimmBackbone(Backbone):
     def _logits(self, embedding: Tensor) -> Tensor:
         return self.network.get_classifier()(embedding)
 
-    def _block_parts(self) -> BlockParts:
-        block: Any = self.last_block
-        attention = block.attn
-
-        def value(x: Tensor) -> Tensor:
-            return _gated(attention, x, F.linear(x, *_value_weights(attention)))
-
-        return BlockParts(
-            block.norm1,
-            value,
-            attention.proj,
-            block.norm2,
-            block.mlp,
-            getattr(block, "ls1", identity),
-            getattr(block, "ls2", identity),
-            post_norm=isinstance(self.network, SwinTransformerV2),
-        )
-
     # ---- weights
 
     def _linears(self) -> Iterator[NamedLinear]:
-        for layer, block in self._blocks():
+        for layer, block, _ in self._blocks():
             yield from self._named("visual", layer, _block_weights(block))
 
-    def _blocks(self) -> Iterator[tuple[str, Any]]:
+    def _blocks(self) -> Iterator[tuple[str, Any, Any]]:
+        """Name of a layer, its block, and what lies before it."""
         if self._swin:
             for stage, layer in enumerate(self.network.layers):
-                yield from ((f"{stage}.{index}", block) for index, block in enumerate(layer.blocks))
+                for index, block in enumerate(layer.blocks):
+                    yield f"{stage}.{index}", block, identity if index else layer.downsample
         elif _is_plain(self.network):
-            yield from ((str(index), block) for index, block in enumerate(self.network.blocks))
+            yield from ((str(index), block, identity) for index, block in enumerate(self.network.blocks))
 
 
 def _is_plain(network: nn.Module) -> bool:
     """A vision transformer of ordinary sequential blocks (no parallel, rotary or distilled variants)."""
     return type(network) is VisionTransformer and all(
         type(block) is Block and type(block.attn) is Attention for block in network.blocks
+    )
+
+
+def _block_parts(block: Any, post_norm: bool) -> BlockParts:
+    attention = block.attn
+
+    def value(x: Tensor) -> Tensor:
+        return _gated(attention, x, F.linear(x, *_value_weights(attention)))
+
+    return BlockParts(
+        block.norm1,
+        getattr(block, "_attn", attention),  # Swin's windows
+        value,
+        attention.proj,
+        block.norm2,
+        block.mlp,
+        getattr(block, "ls1", identity),
+        getattr(block, "ls2", identity),
+        post_norm=post_norm,
     )
 
 

@@ -6,13 +6,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ood_core.backbones.base import Backbone, BlockParts, identity
+from ood_core.backbones.base import Backbone, BlockParts, Layer, identity
 from ood_core.backbones.linear import KINDS, NamedLinear
 from ood_core.backbones.transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from ood_core.errors import MissingDataError, UsageError
@@ -74,19 +75,36 @@ class TransformersBackbone(Backbone):
                 self.context_length = self.network.config.text_config.max_position_embeddings
         self.capabilities = frozenset(capabilities)
 
+    def _twin(self, model: nn.Module) -> Self:
+        return type(self)(model, self.transform, tokenizer=self.tokenizer, spec=self.spec)
+
     # ---- images
 
-    def prefix(self, x: Tensor) -> Tensor:
-        """Input tokens of the last block, [B, T, D] or for Swin [B, h, w, D]."""
-        return self.tower.prefix(x)
+    def embed(self, x: Tensor) -> Tensor:
+        """Input tokens of the first block, [B, T, D] or for Swin [B, h, w, D]."""
+        return self.tower.embed(x)
+
+    def layers(self, tower: str = "visual", length: int | None = None) -> list[Layer]:
+        """Blocks of the image tower, or of CLIP's text tower."""
+        if tower == "visual":
+            return list(self.tower.blocks())
+        if "prompts" not in self.capabilities:
+            return []
+        # As long as the longest text unless told otherwise; the mask lets no token see what comes behind it.
+        length = length or self.context_length
+        mask = torch.full((length, length), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device).triu(1)
+        blocks = enumerate(self.network.text_model.encoder.layers)
+        return [_plain_layer(f"text.{index}", block, _CLIP, mask[None, None]) for index, block in blocks]
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the image embedding is of the class token."""
+        return self.tower.reads_class_token
 
     @property
     def last_block(self) -> nn.Module:
         """The last transformer block as a function of tokens; its `layer` is the library's own module."""
         return self.tower.last
-
-    def _block_parts(self) -> BlockParts:
-        return self.tower.parts(self.tower.last.layer)
 
     def _image_embedding(self, tokens: Tensor) -> Tensor:
         return self._project(self.tower.image(tokens))
@@ -115,14 +133,12 @@ class TransformersBackbone(Backbone):
     def _embed_tokens(self, ids: Tensor) -> Tensor:
         return self.network.text_model.embeddings.token_embedding(ids)
 
-    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        text = self.network.text_model
-        length = embeddings.shape[1]
-        x = embeddings + text.embeddings.position_embedding.weight[:length]
-        mask = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
-        for layer in text.encoder.layers:
-            x = layer(x, mask[None, None])
-        return text.final_layer_norm(x)[torch.arange(len(x), device=x.device), end]
+    def _add_positions(self, embeddings: Tensor) -> Tensor:
+        positions = self.network.text_model.embeddings.position_embedding.weight
+        return embeddings + positions[: embeddings.shape[1]]
+
+    def _text_norm(self, hidden: Tensor) -> Tensor:
+        return self.network.text_model.final_layer_norm(hidden)
 
     def _project_text(self, hidden: Tensor) -> Tensor:
         return self.network.text_projection(hidden)
@@ -155,18 +171,19 @@ class _Tower(ABC):
     grid: tuple[int, int]
     width: int
     last: _TokenBlock
+    reads_class_token = True
     reads_mean_patch = False
 
     @abstractmethod
     def __init__(self, model: Any, crop: tuple[int, int]) -> None: ...
 
     @abstractmethod
-    def prefix(self, x: Tensor) -> Tensor:
-        """Input tokens of the last block."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Input tokens of the first block."""
 
     @abstractmethod
-    def parts(self, block: Any) -> BlockParts:
-        """What a block is made of."""
+    def blocks(self) -> Iterator[Layer]:
+        """The blocks, bottom first."""
 
     @abstractmethod
     def image(self, tokens: Tensor) -> Tensor:
@@ -241,7 +258,7 @@ class _PlainTower(_Tower):
 
     def __init__(self, model: Any, crop: tuple[int, int]) -> None:
         base = model.base_model if self.names is not _CLIP else model
-        self.embed = self._embedding(base, crop)
+        self._embed = self._embedding(base, crop)
         self.layers = base.get_submodule(self.names.layers)
         self.norm = base.get_submodule(self.names.final)
         self.last = _TokenBlock(self.layers[-1])
@@ -257,18 +274,12 @@ class _PlainTower(_Tower):
         resized = _pair(base.config.image_size) != tuple(crop)
         return lambda x: base.embeddings(x, interpolate_pos_encoding=resized)
 
-    def prefix(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for layer in self.layers[:-1]:
-            x = layer(x, None)
-        return x
+    def embed(self, x: Tensor) -> Tensor:
+        return self._embed(x)
 
-    def parts(self, block: Any) -> BlockParts:
-        names = self.names
-        attention = getattr(block, names.attention)
-        scales = [getattr(block, scale) for scale in names.scales] if names.scales else []
-        norm1, norm2 = getattr(block, names.norm1), getattr(block, names.norm2)
-        return BlockParts(norm1, attention.v_proj, getattr(attention, names.out), norm2, block.mlp, *scales)
+    def blocks(self) -> Iterator[Layer]:
+        for index, block in enumerate(self.layers):
+            yield _plain_layer(f"visual.{index}", block, self.names, None)
 
     def image(self, tokens: Tensor) -> Tensor:
         if not self.reads_mean_patch:
@@ -302,11 +313,14 @@ class _DinoTower(_PlainTower):
 
 
 class _DinoClassifierTower(_DinoTower):
+    reads_class_token = False
     reads_mean_patch = True
 
 
 class _SwinTower(_Tower):
     """Swin v2: stages of windowed blocks, norms behind attention and MLP."""
+
+    reads_class_token = False
 
     def __init__(self, model: Any, crop: tuple[int, int]) -> None:
         self.base = model.base_model
@@ -319,28 +333,17 @@ class _SwinTower(_Tower):
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
         self.grid = (rows, columns)
 
-    def prefix(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         x, size = self.base.embeddings(x)
-        for stage in self.stages[:-1]:
-            x, _, sizes = stage(x, size)
-            size = sizes[-2:]
-        for block in self.stages[-1].blocks[:-1]:
-            x = block(x, size)[0]
         return x.unflatten(1, size)
 
-    def parts(self, block: Any) -> BlockParts:
-        def mlp(x: Tensor) -> Tensor:
-            return block.output(block.intermediate(x))
-
-        attention = block.attention
-        return BlockParts(
-            block.layernorm_before,
-            attention.self.value,
-            attention.output.dense,
-            block.layernorm_after,
-            mlp,
-            post_norm=True,
-        )
+    def blocks(self) -> Iterator[Layer]:
+        merge: Callable[[Tensor], Tensor] = identity
+        for stage, layer in enumerate(self.stages):
+            for index, block in enumerate(layer.blocks):
+                enter = identity if index else merge
+                yield Layer(f"visual.{stage}.{index}", _SwinBlock(block), _swin_parts(block), enter)
+            merge = partial(_merge_patches, layer.downsample)
 
     def image(self, tokens: Tensor) -> Tensor:
         return self.base.layernorm(tokens).flatten(1, 2).mean(1)
@@ -375,6 +378,50 @@ SUPPORTED: dict[str, type[_Tower]] = {
     "Swinv2Model": _SwinTower,
     "Swinv2ForImageClassification": _SwinTower,
 }
+
+
+def _plain_layer(name: str, block: Any, names: _Names, mask: Tensor | None) -> Layer:
+    attention = getattr(block, names.attention)
+    scales = [getattr(block, scale) for scale in names.scales] if names.scales else []
+    parts = BlockParts(
+        getattr(block, names.norm1),
+        lambda x: attention(x, attention_mask=mask)[0],
+        attention.v_proj,
+        getattr(attention, names.out),
+        getattr(block, names.norm2),
+        block.mlp,
+        *scales,
+    )
+    return Layer(name, lambda x: block(x, mask), parts)
+
+
+def _swin_parts(block: Any) -> BlockParts:
+    def attention(x: Tensor) -> Tensor:
+        """What the block's first norm receives: the library has no function for its attention alone."""
+        found: list[Tensor] = []
+        hook = block.layernorm_before.register_forward_pre_hook(lambda _, received: found.append(received[0]))
+        try:
+            _SwinBlock(block)(x)
+        finally:
+            hook.remove()
+        return found[0].view_as(x)
+
+    inner = block.attention
+    return BlockParts(
+        block.layernorm_before,
+        attention,
+        inner.self.value,
+        inner.output.dense,
+        block.layernorm_after,
+        lambda x: block.output(block.intermediate(x)),
+        post_norm=True,
+    )
+
+
+def _merge_patches(downsample: Any, x: Tensor) -> Tensor:
+    """Swin's step between stages: [B, h, w, D] to [B, h / 2, w / 2, 2 D], odd sides rounded up."""
+    rows, columns = x.shape[1:3]
+    return downsample(x.flatten(1, 2), (rows, columns)).unflatten(1, ((rows + 1) // 2, (columns + 1) // 2))
 
 
 def _plain_weights(block: Any, names: _Names) -> dict[str, Any]:
