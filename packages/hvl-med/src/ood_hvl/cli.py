@@ -22,7 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood-hvl",
         description="HVL: hierarchical vision-language out-of-distribution detection for medical images (MICCAI 2025).",
-        epilog="The Python module ood_hvl.functional offers split_pyramid, parent_index, adapt, fuse and entropy.",
+        epilog="The Python module ood_hvl.functional offers split_pyramid, parent_index, adapt, fuse, "
+        "patch_probabilities, entropy, keep_mask, pool, log_pool, entropy_gain, pseudo_ood, id_loss, id_loss_from_log, "
+        "ood_loss, ood_loss_from_log and combine.",
     )
     parser.add_argument("--version", action="version", version=f"ood-hvl {__version__}")
     return parser
