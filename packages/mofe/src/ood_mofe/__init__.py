@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_mofe import functional
+    from ood_mofe.experts import StackedExperts
 
 __version__ = "0.1.0"
 
-__all__ = ["functional"]
+__all__ = ["StackedExperts", "functional"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return import_module("ood_mofe.functional")
+    if name == "StackedExperts":
+        return import_module("ood_mofe.experts").StackedExperts
     raise AttributeError(f"module 'ood_mofe' has no attribute {name!r}")
 
 

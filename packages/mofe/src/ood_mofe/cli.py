@@ -23,8 +23,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="ood-mofe",
         description="MoFE: mixture of feature experts and Dynamic-beta Mixup for out-of-distribution "
         "detection (ICCV 2025).",
-        epilog="The Python module ood_mofe.functional offers route, routing_loss, fold_lambda, "
-        "beta_concentration and mixup.",
+        epilog="The Python module ood_mofe.functional offers route, routing_loss, expert_class_token, expert_tokens, "
+        "expert_loss, wordnet_groups, partition_classes, cluster_classes, beta_concentration, fold_lambda, "
+        "draw_partners, mixup, mos, atd and ctw.",
     )
     parser.add_argument("--version", action="version", version=f"ood-mofe {__version__}")
     return parser

@@ -1,18 +1,39 @@
-"""The router and Dynamic-beta Mixup as pure functions on tensors.
+"""The equations of MoFE as pure functions on tensors: router, class groups, experts, Dynamic-beta Mixup, scores.
 
-float64 stays float64, everything else is computed in float32. B images, D width, E experts, C classes.
+float64 stays float64, everything else is computed in float32. B images, T tokens, D width, E experts, C classes.
 Equations: Zhao et al., ICCV 2025.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from ood_core import _check
 from torch import Tensor
 
-__all__ = ["beta_concentration", "fold_lambda", "mixup", "route", "routing_loss"]
+from ood_mofe.dispatch import expert_class_token, expert_tokens
+from ood_mofe.groups import cluster_classes, partition_classes, wordnet_groups
+
+__all__ = [
+    "atd",
+    "beta_concentration",
+    "cluster_classes",
+    "ctw",
+    "draw_partners",
+    "expert_class_token",
+    "expert_loss",
+    "expert_tokens",
+    "fold_lambda",
+    "mixup",
+    "mos",
+    "partition_classes",
+    "route",
+    "routing_loss",
+    "wordnet_groups",
+]
 
 
 def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +53,6 @@ def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     Source: Eq. 6.
 
     Example:
-        >>> import torch
         >>> expert, probability = route(torch.tensor([[0.0, 1.0]]), torch.eye(2))
         >>> expert, probability.round(decimals=4)
         (tensor([1]), tensor([[0.2689, 0.7311]]))
@@ -60,12 +80,40 @@ def routing_loss(logits: Tensor, expert: Tensor) -> Tensor:
     Source: Eq. 8.
 
     Example:
-        >>> import torch
         >>> routing_loss(torch.zeros(2, 4), torch.tensor([0, 3])).round(decimals=4)
         tensor(1.3863)
     """
     (logits,) = _check.tensors(logits=(logits, "B E"))
     return F.cross_entropy(logits, _indices("expert", expert, logits, logits.shape[1]))
+
+
+def expert_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of (image, expert) rows over the expert's own classes and "others".
+
+    Args:
+        logits: [R, Q], experts with fewer outputs than Q padded with -inf.
+        targets: int64 [R], the class inside the expert, or its last output for an image of other experts.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        TypeError: `logits` not floating point, or `targets` not integer.
+        ValueError: shapes that do not fit, NaN, a target out of range or on padding, tensors on different devices.
+
+    Source: Eq. 9, the mean over all rows.
+
+    Example:
+        >>> expert_loss(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([1])).round(decimals=4)
+        tensor(0.6931)
+    """
+    (logits,) = _check.tensors(logits=(logits, "R Q"))
+    targets = _indices("targets", targets, logits, logits.shape[1])
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    if not losses.isfinite().all():
+        row = int((~losses.isfinite()).nonzero()[0])
+        raise ValueError(f"targets[{row}]={int(targets[row])} has the logit -inf: that output is padding.")
+    return losses.mean()
 
 
 def beta_concentration(accuracy: Tensor, *, w: float, floor: float = 0.05) -> Tensor:
@@ -86,7 +134,6 @@ def beta_concentration(accuracy: Tensor, *, w: float, floor: float = 0.05) -> Te
     Source: sigma of Dynamic-beta Mixup, Eq. 11-13; the floor is ours.
 
     Example:
-        >>> import torch
         >>> beta_concentration(torch.tensor([0.0, 0.5, 1.0]), w=0.8)
         tensor([1.0000, 0.6000, 0.2000])
     """
@@ -115,7 +162,6 @@ def fold_lambda(lam: Tensor) -> Tensor:
     Source: the folded lambda of Dynamic-beta Mixup, Eq. 11-13.
 
     Example:
-        >>> import torch
         >>> fold_lambda(torch.tensor([0.25, 0.75]))
         tensor([0.7500, 0.7500])
     """
@@ -143,7 +189,6 @@ def mixup(x: Tensor, y_one_hot: Tensor, lam: Tensor, partner: Tensor) -> tuple[T
     Source: the mixed image and target of Dynamic-beta Mixup, Eq. 11-13.
 
     Example:
-        >>> import torch
         >>> lam, partner = torch.tensor([0.75, 1.0]), torch.tensor([1, 0])
         >>> x, y = mixup(torch.tensor([[1.0], [3.0]]), torch.eye(2), lam, partner)
         >>> x.flatten(), y
@@ -157,6 +202,124 @@ def mixup(x: Tensor, y_one_hot: Tensor, lam: Tensor, partner: Tensor) -> tuple[T
     _within_unit("lam", lam)
     index = _indices("partner", partner, lam, len(lam))
     return _blend(x, lam, index), _blend(y, lam, index)
+
+
+def draw_partners(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """For every image another one of a different class, uniformly from the batch.
+
+    Args:
+        labels: int64 [B].
+        generator: source of the draws; None is torch's own.
+
+    Returns:
+        int64 [B]; an image without one of another class is its own partner, which any mix leaves as it is.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: not one-dimensional, or empty.
+
+    Source: Dynamic-beta Mixup blends images of different classes.
+
+    Example:
+        >>> draw_partners(torch.tensor([0, 1]))
+        tensor([1, 0])
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}.")
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"labels must have shape [B], B at least 1, got {list(labels.shape)}.")
+    others = (labels[:, None] != labels).float()
+    own = torch.eye(len(labels), device=labels.device)
+    weights = torch.where(others.any(1, keepdim=True), others, own)
+    device = generator.device if generator is not None else "cpu"
+    return torch.multinomial(weights.to(device), 1, generator=generator)[:, 0].to(labels.device)
+
+
+def mos(group_logits: Sequence[Tensor]) -> Tensor:
+    """Minimum "others" score: how surely the most convinced group claims the image.
+
+    Args:
+        group_logits: per group [N, Q_e + 1], "others" last.
+
+    Returns:
+        [N] in [-1, 0]: max_e of minus the softmax of "others"; higher = more in-distribution.
+
+    Raises:
+        TypeError: not a sequence of floating-point tensors.
+        ValueError: no group, one without classes, shapes that do not fit, or NaN.
+
+    Source: Huang & Li, "MOS", CVPR 2021.
+
+    Example:
+        >>> mos([torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0]])]).round(decimals=4)
+        tensor([-0.1192])
+    """
+    if isinstance(group_logits, Tensor) or not len(group_logits):
+        raise ValueError("group_logits must be a list with the logits of at least one group.")
+    named = {f"group_{i}": (logits, f"N Q{i}") for i, logits in enumerate(group_logits)}
+    groups = _check.tensors(**named)
+    if small := [i for i, logits in enumerate(groups) if logits.shape[1] < 2]:
+        raise ValueError(f"Group {small[0]} has one output: it needs at least one class besides 'others'.")
+    return torch.stack([-logits.softmax(-1)[:, -1] for logits in groups]).amax(0)
+
+
+def ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+    """Competing-to-win: how much rather "yes" than "no" the most likely class is.
+
+    Args:
+        image: [N, d] unit norm.
+        yes: texts "a photo of a {}" [C, d] unit norm.
+        no: texts of the "no" encoder [C, d] unit norm.
+        logit_scale: factor of the cosines, above 0.
+
+    Returns:
+        [N] in [0, 1], higher = more in-distribution.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, or a scale not above 0.
+
+    Source: Wang et al., "CLIPN", ICCV 2023.
+
+    Example:
+        >>> ctw(torch.eye(2)[:1], torch.eye(2), torch.eye(2))
+        tensor([0.5000])
+    """
+    logits, says_yes = _yes_and_no(image, yes, no, logit_scale)
+    return says_yes.gather(1, logits.argmax(1, keepdim=True))[:, 0]
+
+
+def atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+    """Agreeing-to-differ: the share of the class probabilities that "yes" keeps against "no".
+
+    Args:
+        image: [N, d] unit norm.
+        yes: texts "a photo of a {}" [C, d] unit norm.
+        no: texts of the "no" encoder [C, d] unit norm.
+        logit_scale: factor of the cosines, above 0.
+
+    Returns:
+        [N] in [0, 1], higher = more in-distribution: sum_c sigmoid(l_yes - l_no) softmax(l_yes).
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, or a scale not above 0.
+
+    Source: Wang et al., "CLIPN", ICCV 2023.
+
+    Example:
+        >>> atd(torch.eye(2)[:1], torch.eye(2), torch.eye(2))
+        tensor([0.5000])
+    """
+    logits, says_yes = _yes_and_no(image, yes, no, logit_scale)
+    return (says_yes * logits.softmax(-1)).sum(-1)
+
+
+def _yes_and_no(image: Tensor, yes: Tensor, no: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+    image, yes, no = _check.tensors(image=(image, "N d"), yes=(yes, "C d"), no=(no, "C d"))
+    scale = _check.positive("logit_scale", logit_scale)
+    logits = scale * image @ yes.T
+    return logits, (logits - scale * image @ no.T).sigmoid()
 
 
 def _blend(x: Tensor, lam: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,268 @@
+"""The experts: copies of a transformer block with their parameters stacked."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from ood_core import _check
+from ood_core.errors import UsageError
+from torch import Tensor, nn
+
+__all__ = ["StackedExperts"]
+
+_ACTIVATIONS = ("gelu", "quick_gelu")
+
+
+class StackedExperts(nn.Module):
+    """E pre-norm transformer blocks of one shape, every parameter stacked along the first dimension.
+
+    Args:
+        norm1_weight: [E, D].
+        norm1_bias: [E, D].
+        qkv_weight: [E, 3 D, D], query, key and value rows, heads contiguous.
+        qkv_bias: [E, 3 D].
+        out_weight: [E, D, D].
+        out_bias: [E, D].
+        scale1: LayerScale behind the attention [E, D], or None.
+        norm2_weight: [E, D].
+        norm2_bias: [E, D].
+        up_weight: [E, F, D].
+        up_bias: [E, F].
+        down_weight: [E, D, F].
+        down_bias: [E, D].
+        scale2: LayerScale behind the MLP [E, D], or None.
+        num_heads: attention heads, a divisor of D.
+        eps: of both norms.
+        activation: "gelu" or "quick_gelu".
+
+    Raises:
+        TypeError: a parameter that is no floating-point tensor.
+        ValueError: shapes that do not fit, NaN, heads that do not divide D, or an unknown activation.
+
+    Example:
+        >>> from ood_core import create_backbone
+        >>> experts = StackedExperts.from_block(create_backbone("tiny").last_block, 3)
+        >>> len(experts), experts.width
+        (3, 192)
+    """
+
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    scale1: Tensor | None
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    scale2: Tensor | None
+
+    def __init__(
+        self,
+        norm1_weight: Tensor,
+        norm1_bias: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor,
+        out_weight: Tensor,
+        out_bias: Tensor,
+        scale1: Tensor | None,
+        norm2_weight: Tensor,
+        norm2_bias: Tensor,
+        up_weight: Tensor,
+        up_bias: Tensor,
+        down_weight: Tensor,
+        down_bias: Tensor,
+        scale2: Tensor | None,
+        *,
+        num_heads: int,
+        eps: float = 1e-6,
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        letters = {
+            "norm1_weight": (norm1_weight, "E D"),
+            "norm1_bias": (norm1_bias, "E D"),
+            "qkv_weight": (qkv_weight, "E QKV D"),
+            "qkv_bias": (qkv_bias, "E QKV"),
+            "out_weight": (out_weight, "E D D"),
+            "out_bias": (out_bias, "E D"),
+            "scale1": (scale1, "E D"),
+            "norm2_weight": (norm2_weight, "E D"),
+            "norm2_bias": (norm2_bias, "E D"),
+            "up_weight": (up_weight, "E F D"),
+            "up_bias": (up_bias, "E F"),
+            "down_weight": (down_weight, "E D F"),
+            "down_bias": (down_bias, "E D"),
+            "scale2": (scale2, "E D"),
+        }
+        for name, value in zip(letters, _check.tensors(**letters), strict=True):
+            self.register_parameter(name, None if value is None else nn.Parameter(value.detach().clone()))
+        if qkv_weight.shape[1] != 3 * self.width:
+            raise ValueError(f"qkv_weight has {qkv_weight.shape[1]} rows, not 3 times the width {self.width}.")
+        _check.integer("num_heads", num_heads, 1, self.width)
+        if self.width % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {self.width}.")
+        self.num_heads, self.eps = num_heads, _check.positive("eps", eps)
+        self.activation = _check.choice("activation", activation, _ACTIVATIONS)
+
+    def __len__(self) -> int:
+        return len(self.norm1_weight)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.norm1_weight.shape[1]
+
+    @classmethod
+    def from_block(cls, block: nn.Module, count: int) -> Self:
+        """`count` copies of a block of timm, open_clip or transformers.
+
+        Args:
+            block: a pre-norm block with a plain MLP, e.g. `backbone.last_block`.
+            count: number of experts, at least 1.
+
+        Raises:
+            UsageError: a block of another kind.
+        """
+        _check.integer("count", count, 1, 2**31)
+        parameters, options = _read_block(getattr(block, "layer", block))
+        stacked = {
+            name: None if value is None else value.detach().expand(count, *value.shape)
+            for name, value in parameters.items()
+        }
+        experts = cls(**stacked, **options)  # type: ignore[arg-type]
+        _check_copy(getattr(block, "layer", block), experts)
+        return experts
+
+    def block(self, expert: int, tokens: Tensor) -> Tensor:
+        """One expert on tokens [B, T, D]: attention and MLP with their residuals."""
+        e, width = expert, self.width
+        x = F.layer_norm(tokens, (width,), self.norm1_weight[e], self.norm1_bias[e], self.eps)
+        qkv = F.linear(x, self.qkv_weight[e], self.qkv_bias[e]).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        out = F.linear((attention @ v).transpose(1, 2).flatten(2), self.out_weight[e], self.out_bias[e])
+        return self.feed_forward(expert, tokens + _scaled(out, self.scale1, e))
+
+    def feed_forward(self, expert: int, x: Tensor) -> Tensor:
+        """The MLP half of one expert on [..., D]."""
+        e = expert
+        y = F.layer_norm(x, (self.width,), self.norm2_weight[e], self.norm2_bias[e], self.eps)
+        y = self.activate(F.linear(y, self.up_weight[e], self.up_bias[e]))
+        return x + _scaled(F.linear(y, self.down_weight[e], self.down_bias[e]), self.scale2, e)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """GELU, or CLIP's approximation of it."""
+        return F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid()
+
+
+def _scaled(x: Tensor, scale: Tensor | None, expert: int) -> Tensor:
+    return x if scale is None else x * scale[expert]
+
+
+# ---- blocks of the libraries
+
+
+@torch.no_grad()
+def _check_copy(block: Any, experts: StackedExperts) -> None:
+    """Windows, rotary positions, norms of queries: what the parameters do not tell shows in what a block computes."""
+    weight = next(block.parameters())
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, experts.width, generator=rng).to(weight)
+    try:
+        found = block(x, None) if type(block).__module__.startswith("transformers") else block(x)
+        found = found[0] if isinstance(found, tuple) else found
+        ours = experts.block(0, x.to(experts.norm1_weight))
+        exact = weight.dtype in (torch.float32, torch.float64)
+        same = torch.allclose(ours, found.to(ours), atol=1e-3 if exact else 0.2, rtol=1e-3 if exact else 0.05)
+    except (RuntimeError, ValueError, TypeError):
+        same = False
+    if not same:
+        raise UsageError(_NOT_PLAIN.format(type(block).__name__))
+
+
+_NOT_PLAIN = (
+    "A {} is no pre-norm block with plain attention and a plain MLP: experts can be copied from plain vision "
+    "transformers of timm, open_clip and transformers."
+)
+
+
+def _read_block(block: Any) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Parameters of one block by our names, and the options."""
+    if hasattr(block, "ln_1") and hasattr(block.mlp, "c_fc"):  # open_clip
+        attn = block.attn
+        qkv, parts = (attn.in_proj_weight, attn.in_proj_bias), (block.ln_1, attn.out_proj, block.ln_2, *block.mlp[::2])
+        scales, activation, heads = (block.ls_1, block.ls_2), block.mlp[1], attn.num_heads
+    elif hasattr(block, "norm1") and hasattr(getattr(block, "attn", None), "qkv") and hasattr(block.mlp, "fc1"):  # timm
+        attn, mlp = block.attn, block.mlp
+        qkv, parts = (attn.qkv.weight, attn.qkv.bias), (block.norm1, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+        scales, activation, heads = (getattr(block, "ls1", None), getattr(block, "ls2", None)), mlp.act, attn.num_heads
+    else:
+        return _read_transformers(block)
+    return _named(qkv, parts, scales), {
+        "num_heads": heads,
+        "eps": parts[0].eps,
+        "activation": _activation(activation),
+    }
+
+
+def _read_transformers(block: Any) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    attn: Any = getattr(block, "self_attn", None) or getattr(block, "attention", None)
+    mlp: Any = getattr(block, "mlp", None)
+    if not hasattr(attn, "q_proj") or not hasattr(mlp, "fc1"):
+        raise UsageError(_NOT_PLAIN.format(type(block).__name__))
+    norms = [getattr(block, n) for n in ("layer_norm1", "norm1", "layernorm_before") if hasattr(block, n)]
+    norms += [getattr(block, n) for n in ("layer_norm2", "norm2", "layernorm_after") if hasattr(block, n)]
+    out = attn.out_proj if hasattr(attn, "out_proj") else attn.o_proj
+    projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in projections]
+    qkv = (torch.cat([p.weight for p in projections]), torch.cat(biases))
+    scales = (getattr(block, "layer_scale1", None), getattr(block, "layer_scale2", None))
+    activation = getattr(mlp, "activation_fn", None) or getattr(mlp, "activation", None) or mlp.act
+    heads = len(attn.q_proj.weight) // attn.head_dim if hasattr(attn, "head_dim") else attn.num_heads
+    parts = (norms[0], out, norms[1], mlp.fc1, mlp.fc2)
+    return _named(qkv, parts, scales), {
+        "num_heads": heads,
+        "eps": norms[0].eps,
+        "activation": _activation(activation),
+    }
+
+
+def _named(qkv: tuple[Tensor, Tensor | None], parts: tuple[Any, ...], scales: tuple[Any, Any]) -> dict[str, Any]:
+    norm1, out, norm2, up, down = parts
+    weight, bias = qkv
+    found: dict[str, Tensor | None] = {
+        "norm1_weight": norm1.weight,
+        "norm1_bias": norm1.bias,
+        "qkv_weight": weight,
+        "qkv_bias": weight.new_zeros(len(weight)) if bias is None else bias,
+        "scale1": _layer_scale(scales[0]),
+        "norm2_weight": norm2.weight,
+        "norm2_bias": norm2.bias,
+        "scale2": _layer_scale(scales[1]),
+    }
+    for name, linear in (("out", out), ("up", up), ("down", down)):
+        found[f"{name}_weight"] = linear.weight
+        found[f"{name}_bias"] = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    return found
+
+
+def _layer_scale(module: Any) -> Tensor | None:
+    return next((getattr(module, name) for name in ("gamma", "lambda1") if hasattr(module, name)), None)
+
+
+def _activation(module: Any) -> str:
+    name = getattr(module, "__name__", type(module).__name__).lower()
+    if "quick" in name:
+        return "quick_gelu"
+    if "gelu" in name and getattr(module, "approximate", "none") == "none":
+        return "gelu"
+    raise UsageError(
+        f"The block's activation {name!r} is neither GELU nor QuickGELU: experts cannot be copied from it."
+    )
