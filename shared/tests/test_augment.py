@@ -8,7 +8,7 @@ import torch
 from ood_core import create_backbone, extract
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import ImageFolder, PILImages
-from ood_core.data.augment import Views, _random_box
+from ood_core.data.augment import LiveViews, Views, _random_box
 from ood_core.errors import ImageError, UsageError
 from PIL import Image
 
@@ -218,3 +218,13 @@ def test_the_transform_leaves_a_view_as_it_is():
     np.testing.assert_allclose(transform(view).permute(1, 2, 0).numpy() * 255, np.asarray(view), atol=1e-3)
     tiny = create_backbone("tiny").transform
     assert tiny.resize == tiny.crop[0] == tiny.crop[1]
+
+
+def test_live_views_are_the_views_of_their_epoch(source):
+    transform = ImageTransform(crop=SIZE, resize=None)
+    live = LiveViews(source, transform, scale=(0.5, 1.0), seed=7)
+    views = Views(source, 3, size=SIZE, scale=(0.5, 1.0), seed=7)
+    rows = torch.tensor([4, 0, 2])
+    for epoch in (2, 0):
+        expected = torch.stack([transform(views.open(epoch * len(source) + row)) for row in rows.tolist()])
+        assert torch.equal(live(rows, epoch), expected)

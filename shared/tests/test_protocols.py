@@ -55,6 +55,7 @@ def rows(name, root, overrides=None):
 def test_protocols_are_those_of_the_papers():
     assert list_protocols() == [
         "imagenet-1k", "imagenet-500-easy", "imagenet-500-hard", "imagenet-100", "imagenet-10", "imagenet-20",
+        "setar-imagenet-1k", "setar-voc",
     ]  # fmt: skip
     with pytest.raises(UsageError, match=r"Unknown protocol 'imagenet100'\. Did you mean 'imagenet-100'"):
         inspect_protocol("imagenet100", ".")
@@ -64,7 +65,7 @@ def test_class_lists_are_sorted_parts_of_imagenet_and_as_long_as_they_say():
     clip = protocols._clip_names()
     assert (len(clip), clip[WNIDS[0]], [clip[wnid] for wnid in WNIDS]) == (1000, "tench", NAMES)
     sets = protocols._data()["sets"]
-    listed = {name: list(entry["classes"]) for name, entry in sets.items() if "classes" in entry}
+    listed = {name: list(entry["classes"]) for name, entry in sets.items() if "class_list" in entry}
     assert set(listed) == {"ImageNet-100", "ImageNet-10", "ImageNet-20"}
     for name, classes in listed.items():
         assert all(one < other for one, other in pairwise(classes))
@@ -207,6 +208,128 @@ def test_imagenet_10_and_20_are_each_other_s_ood_set(tmp_path):
     assert any("training images, as in MCM" in note for note in twenty.notes)
     write_classes(tmp_path, "imagenet20/val", sets["ImageNet-20"]["classes"], count=3)
     assert len(find_protocol("imagenet-10", tmp_path).ood["ImageNet-20"]) == 60
+
+
+# ---- SeTAR's layout
+
+VOC = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "cow", "diningtable", "dog", "horse", "motorbike", "sheep",
+    "sofa", "train", "tvmonitor",
+]  # fmt: skip
+SETAR_OOD = [f"OOD_{name}/test/images" for name in ("iNaturalist", "Sun", "Places", "Texture")]
+VOC_OOD = [*SETAR_OOD, "OOD_ImageNet22K/test/n12782915", "OOD_COCO/test/images"]
+
+
+@pytest.fixture
+def setar(tmp_path):
+    """Both ID sets and all OOD sets where the released SeTAR code looks for them."""
+    write_classes(tmp_path, "ID_ImageNet1K/val", count=1)
+    write_classes(tmp_path, "ID_ImageNet1K/test")
+    write_images(tmp_path, *(f"ID_VOC/val/{name}/2008_{i}.jpg" for i, name in enumerate(VOC)))
+    write_images(tmp_path, *(f"ID_VOC/test/{name}/2009_{i}.jpg" for name in VOC for i in range(2)))
+    write_ood(tmp_path, VOC_OOD)
+    return tmp_path
+
+
+def test_setar_imagenet(setar):
+    found = find_protocol("setar-imagenet-1k", setar)
+    assert (found.title, found.class_names, found.wnids) == ("ImageNet1K", NAMES, WNIDS)
+    assert found.train.ids == [f"{wnid}/{wnid}_0.png" for wnid in WNIDS]
+    assert (found.train.labels.tolist(), found.test.labels.tolist()) == (list(range(5)), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    assert list(found.ood) == FAR
+    places = ["ID_ImageNet1K/val", "ID_ImageNet1K/test", *SETAR_OOD]
+    assert [row.path for row in found.found] == [setar / place for place in places]
+    assert [row.expected for row in found.found] == [1000, 50_000, 10_000, 10_000, 10_000, 5640]
+    assert {"train: 5 images, not 1,000.", "test: 10 images, not 50,000."} < set(found.notes)
+
+
+def test_setar_voc(setar):
+    found = find_protocol("setar-voc", setar)
+    assert (found.title, found.class_names, found.wnids) == ("Pascal-VOC", VOC, [])
+    assert found.train.label_names == found.test.label_names == VOC
+    assert (found.train.labels.tolist(), found.train.ids[6]) == (list(range(14)), "diningtable/2008_6.jpg")
+    assert found.test.labels.tolist() == np.repeat(np.arange(14), 2).tolist()
+    assert list(found.ood) == [*FAR, "ImageNet22K", "COCO"]
+    places = ["ID_VOC/val", "ID_VOC/test", *SETAR_OOD, "OOD_ImageNet22K/test", "OOD_COCO/test/images"]
+    assert [row.path for row in found.found] == [setar / place for place in places]
+    assert found.ood["ImageNet22K"].ids == ["n12782915/0.png"]
+    assert found.describe().startswith("setar-voc: 14 classes, 'aeroplane' to 'tvmonitor'")
+
+
+def test_setar_voc_is_complete_with_the_counts_of_its_lists(setar, monkeypatch):
+    counts = [row.expected for row in inspect_protocol("setar-voc", setar)]
+    assert counts == [94, 906, 10_000, 10_000, 10_000, 5640, 18_335, 1000]
+    assert all("(the count differs)" in line for line in describe(inspect_protocol("setar-voc", setar)).splitlines())
+    sets = protocols._data()["sets"]
+    monkeypatch.setitem(sets["Pascal-VOC"], "images", {"train": 14, "test": 28})
+    for name in [*FAR, "ImageNet22K", "COCO"]:
+        monkeypatch.setitem(sets[name], "images", {"test": 1})
+    assert find_protocol("setar-voc", setar).notes == []
+
+
+def test_a_missing_voc_set_is_named_with_the_folders_tried_and_the_source(setar):
+    os.rename(setar / "OOD_COCO", setar / "COCO")
+    os.rename(setar / "ID_VOC/test", setar / "ID_VOC/all")
+    found = rows("setar-voc", setar)
+    assert [name for name, row in found.items() if row.error] == ["test", "COCO"]
+    assert "named as one of aeroplane, bicycle, " in str(found["test"].error)
+    with pytest.raises(MissingDataError, match=r"test: none of .*ID_VOC/test is.*COCO: none of .*OOD_COCO/test/images"):
+        find_protocol("setar-voc", setar)
+    overrides = {"test": setar / "ID_VOC/all", "COCO": setar / "COCO"}
+    assert len(find_protocol("setar-voc", setar, overrides=overrides).ood["COCO"]) == 1
+
+
+def test_voc_without_validation_images_is_found_all_the_same(setar):
+    os.rename(setar / "ID_VOC/val", setar / "ID_VOC/validation")
+    found = find_protocol("setar-voc", setar)
+    assert found.train is None
+    assert any(note.startswith("train: none of") and "data/ID_VOC" in note for note in found.notes)
+
+
+def test_voc_classes_are_the_fourteen(setar):
+    write_images(setar, "ID_VOC/test/person/a.jpg")
+    with pytest.raises(DataError, match=r"test: .*holds 1 images outside class folders named as one .*'person/a.jpg'"):
+        find_protocol("setar-voc", setar)
+    (setar / "ID_VOC/test/person/a.jpg").unlink()
+    os.rename(setar / "ID_VOC/test/sofa", setar / "sofa")
+    with pytest.raises(DataError, match=r"test: .*lacks 1 of the 14 classes \(sofa\)\.$"):
+        find_protocol("setar-voc", setar)
+    with pytest.raises(UsageError, match="class_list"):
+        find_protocol("setar-voc", setar, overrides={"class_list": setar / "list.txt"})
+
+
+def test_voc_prompts_may_have_other_names(setar):
+    (setar / "names.txt").write_text("\n".join(["dining table" if name == "diningtable" else name for name in VOC]))
+    found = find_protocol("setar-voc", setar, class_names_file=setar / "names.txt")
+    assert found.class_names[6] == found.test.label_names[6] == "dining table"
+    assert found.test.labels.tolist() == np.repeat(np.arange(14), 2).tolist()
+    (setar / "names.txt").write_text("dining table\n")
+    with pytest.raises(DataError, match=r"names\.txt' has 1 names for 14 classes; .* 'aeroplane' to that of 'tvmon"):
+        find_protocol("setar-voc", setar, class_names_file=setar / "names.txt")
+
+
+def test_the_layouts_serve_each_other_s_protocols(setar, data):
+    """Both fixtures write below the same folder, the older layout over that of SeTAR."""
+    assert [row.path for row in find_protocol("setar-imagenet-1k", data).found[2:]] == [
+        data / place for place in (*FAR[:3], "dtd/images")
+    ]
+    for folder in ("imagenet", *FAR[:3], "dtd"):
+        os.rename(data / folder, data / f"old {folder}")
+    older = find_protocol("imagenet-500-hard", data)
+    assert [row.path for row in older.found] == [None, *(data / p for p in ("ID_ImageNet1K/test", *SETAR_OOD))]
+    assert (older.class_names, older.train) == (NAMES[3:], None)
+    os.rename(data / "ID_ImageNet1K/test", data / "val")
+    newer = find_protocol("setar-imagenet-1k", data)
+    assert [row.path for row in newer.found[:2]] == [data / "ID_ImageNet1K/val", data / "val"]
+
+
+def test_whole_imagenet_is_not_taken_for_setar_s_thousand_images(data):
+    assert find_protocol("setar-imagenet-1k", data).train is None
+
+
+def test_setar_takes_clip_s_names_whatever_lies_beside_the_images(data):
+    (data / "imagenet/classnames.txt").write_text("\n".join(f"{wnid} fish" for wnid in WNIDS))
+    assert find_protocol("setar-imagenet-1k", data).class_names == NAMES
 
 
 # ---- class names

@@ -229,6 +229,10 @@ def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extrac
     raw = {name: detector for name, detector in detectors.items() if not detector.fitted}
     if raw and data is None:
         raise NotFittedError(f"{', '.join(map(repr, raw))} must be fitted: give labelled ID images (fit=, --fit).")
+    for name in [name for name, detector in raw.items() if detector.fits_on_images]:
+        if isinstance(data, FeatureSet):
+            raise UsageError(f"{name!r} is fitted on images, not on features: give an image source (fit=, --fit).")
+        raw.pop(name).fit(data)  # type: ignore[arg-type]  # such a detector's `fit` takes images
     for group, parts in _features_per_backbone(raw, data, extraction) if raw else ():
         features = FeatureSet.concatenate(list(parts))
         for detector in group.values():

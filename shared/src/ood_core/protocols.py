@@ -2,10 +2,10 @@
 
 What is looked for stands in `protocols_data/*.json`. "protocols" name an ID set and, by OOD set, the split taken.
 "sets" have: `folders` by split, of which the first that is there counts; `images` expected by split; where they are
-`published`. Where `wnid_folders` is true every class has a folder named by its WordNet id, and the entry also has
-`class_count`, files of `class_names`, and for some classes only: `subset_of` another set, whose folders are looked
-up after its own, with either `half` of the classes or a list of `classes` (with or without names) that a file
-`class_list` replaces.
+`published`. A set with one folder per class also has `class_count` and files of `class_names`. Where `wnid_folders`
+is true these folders are named by WordNet id, and a set of some classes only has: `subset_of` another set, whose
+folders are looked up after its own, with either `half` of the classes or a list of `classes` (with or without names)
+that a file `class_list` replaces. Elsewhere `classes` are the names of the folders, in the order of the labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["FoundSet", "Protocol", "describe", "find_protocol", "inspect_protoco
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -60,7 +60,7 @@ class Protocol:
         name: as in `list_protocols`.
         title: the ID set as the papers call it.
         class_names: C names, in the order of the labels 0..C-1.
-        wnids: C WordNet ids, in the same order.
+        wnids: C WordNet ids, in the same order; none where the class folders have names.
         train: ID training images, or None; its `label_names` are the class names, as are those of `test`.
         test: ID test images.
         ood: OOD images by name, in the paper's order.
@@ -101,7 +101,8 @@ def inspect_protocol(name: str, root: PathLike, overrides: Mapping[str, PathLike
         name: of `list_protocols`.
         root: the folder with all data.
         overrides: other places, by "train", "test", OOD set or "class_list" (a file of wnids, one per line). An
-            image set may be a folder or whatever else `open_source` takes; an ID set has wnids as labels.
+            image set may be a folder or whatever else `open_source` takes; an ID set has wnids, or the names of
+            the protocol's class folders, as labels.
 
     Returns:
         "train", "test" and the OOD sets in the paper's order.
@@ -142,39 +143,40 @@ def find_protocol(
 ) -> Protocol:
     """Find a protocol's images and class names.
 
-    Labels are the ranks of the wnids, in sorted order. Counts that differ from the paper's go into the notes.
+    Labels are the ranks of the wnids, in sorted order, or the positions in the protocol's list of classes. Counts
+    that differ from the paper's go into the notes.
 
     Args:
         name: of `list_protocols`.
         root: the folder with all data.
         overrides: see `inspect_protocol`.
         class_names_file: lines of wnid, space, name, or of names in the order of the labels. By default the one
-            beside the images, else CLIP's names.
+            beside the images, else CLIP's names, or those of the class folders.
 
     Raises:
         UsageError: an unknown protocol, or an override of a set that it does not have.
         MissingDataError: a set or file that is not there; training images may be missing, but not where an
             override says they are.
-        DataError: class folders not named by wnid, classes of the class list without a folder, or a class
-            without a name.
+        DataError: class folders of other names, classes of the class list without a folder, or a class without
+            a name.
 
     Example:
         >>> protocol = find_protocol("imagenet-500-hard", "/data")  # doctest: +SKIP
         >>> len(protocol.class_names), list(protocol.ood)  # doctest: +SKIP
         (500, ['iNaturalist', 'SUN', 'Places', 'Texture'])
     """
-    found, wnids = _inspect(name, root, overrides)
+    found, classes = _inspect(name, root, overrides)
     if errors := [row.error for row in found if row.error and not _may_be_missing(row)]:
         raise type(errors[0])(" ".join(map(str, errors)))
     protocol = _data()["protocols"][name]
     spec = _set(protocol["id"])
-    names = _class_names(wnids, spec, Path(root).expanduser(), class_names_file)
+    names = _class_names(classes, spec, Path(root).expanduser(), class_names_file)
     sources = {row.name: row.source for row in found if row.source}
     return Protocol(
         name=name,
         title=protocol["id"],
         class_names=names,
-        wnids=wnids,
+        wnids=classes if spec["wnid_folders"] else [],
         train=_named(sources["train"], names) if "train" in sources else None,
         test=_named(sources["test"], names),
         ood={other: sources[other] for other in protocol["ood"]},
@@ -236,7 +238,7 @@ def _set(name: str) -> dict[str, Any]:
 
 
 def _inspect(name: str, root: PathLike, overrides: Mapping[str, PathLike] | None) -> tuple[list[FoundSet], list[str]]:
-    """Every set, and the wnids of the ID classes."""
+    """Every set, and the folders of the ID classes."""
     if name not in (known := _data()["protocols"]):
         raise unknown_name("protocol", name, known)
     root, given = Path(root).expanduser(), dict(overrides or {})
@@ -244,63 +246,80 @@ def _inspect(name: str, root: PathLike, overrides: Mapping[str, PathLike] | None
         raise MissingDataError(f"There is no folder {str(root)!r}; give the folder that holds the data sets.")
     protocol = known[name]
     id_set, class_list = _set(protocol["id"]), given.pop("class_list", None)
-    if class_list is not None and "classes" not in id_set:
-        raise UsageError(
-            f"Protocol {name!r} takes all classes it finds: class_list={str(class_list)!r} has no meaning."
-        )
+    if class_list is not None and "class_list" not in id_set:
+        raise UsageError(f"Protocol {name!r} has no list of classes to replace by class_list={str(class_list)!r}.")
     names = ["train", "test", *protocol["ood"]]
     for other in set(given) - set(names):
         raise unknown_name(f"image set of protocol {name!r}", other, names)
     rows = [_find(split, split, id_set, root, given.get(split)) for split in ("train", "test")]
-    wnids = _classes(id_set, root, rows, class_list)
-    rows = [_restrict(row, wnids, id_set) for row in rows]
+    classes = _classes(id_set, root, rows, class_list)
+    rows = [_restrict(row, classes, id_set) for row in rows]
     for other, split in protocol["ood"].items():
         spec = _set(other)
         row = _find(other, split, spec, root, given.get(other))
-        rows.append(_restrict(row, _classes(spec, root, [row]), spec) if spec.get("wnid_folders") else row)
-    return rows, wnids
+        rows.append(_restrict(row, _classes(spec, root, [row]), spec) if _class_test(spec) else row)
+    return rows, classes
 
 
 def _find(name: str, split: str, spec: Mapping[str, Any], root: Path, override: PathLike | None) -> FoundSet:
     """The set with all classes of its folder."""
-    expected, by_wnid = spec["images"].get(split), spec.get("wnid_folders", False)
+    expected, is_class = spec["images"].get(split), _class_test(spec)
     places = [root / folder for folder in spec["folders"][split]]
-    usable = (place for place in places if (_has_wnid_folders(place) if by_wnid else place.is_dir()))
-    path = next(usable, None) if override is None else Path(override).expanduser()
+    path = next(filter(_usable(is_class), places), None) if override is None else Path(override).expanduser()
     if path is None:
         error = MissingDataError(
             f"{name}: none of {', '.join(map(str, places))} is a folder"
-            f"{' with one folder per class, named by wnid as n01440764' if by_wnid else ''}; "
+            f"{f' with one folder per class, named {_naming(spec)}' if is_class else ''}; "
             f"give another place as an override of {name!r}, or get it: {spec['published']}."
         )
         return FoundSet(name, None, 0, expected, error)
     try:
         source = open_source(path)
-        if by_wnid:
-            _check_labels(source, path)
+        if is_class:
+            _check_labels(source, path, spec)
     except (MissingDataError, DataError) as error:
         return FoundSet(name, path, 0, expected, type(error)(f"{name}: {error}"))
     return FoundSet(name, path, len(source), expected, None, source)
 
 
-def _has_wnid_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(_WNID.fullmatch(entry.name) and entry.is_dir() for entry in folder.iterdir())
+ClassTest = Callable[[str], object]
 
 
-def _check_labels(source: ImageSource, path: Path) -> None:
-    """Every label must be a wnid; a folder of another name would shift the ranks of those after it."""
-    named = np.array([bool(_WNID.fullmatch(name)) for name in source.label_names] + [False])
+def _class_test(spec: Mapping[str, Any]) -> ClassTest | None:
+    """Whether a folder's name is that of a class; None for a set without classes."""
+    if spec.get("wnid_folders"):
+        return _WNID.fullmatch
+    return frozenset(spec["classes"]).__contains__ if "classes" in spec else None
+
+
+def _naming(spec: Mapping[str, Any]) -> str:
+    return "by wnid as n01440764" if spec["wnid_folders"] else f"as one of {', '.join(spec['classes'])}"
+
+
+def _usable(is_class: ClassTest | None) -> Callable[[Path], bool]:
+    """Whether a place is a folder, with a class folder in it if the set has such."""
+    if is_class is None:
+        return Path.is_dir
+    return lambda place: place.is_dir() and any(is_class(entry.name) and entry.is_dir() for entry in place.iterdir())
+
+
+def _check_labels(source: ImageSource, path: Path, spec: Mapping[str, Any]) -> None:
+    """Every label must be a class; a wnid's rank would shift behind a folder of another name."""
+    is_class = _class_test(spec) or bool
+    named = np.array([bool(is_class(name)) for name in source.label_names] + [False])
     labels = np.full(len(source), -1) if source.labels is None else source.labels
     if (outside := np.flatnonzero(~named[labels])).size:
         first = source.ids[outside[0]]
         raise DataError(
-            f"{str(path)!r} holds {len(outside)} images outside class folders named by wnid (as n01440764), "
-            f"first {first!r}; move them away."
+            f"{str(path)!r} holds {len(outside)} images outside class folders named {_naming(spec)}; "
+            f"first {first!r}. Move them away."
         )
 
 
 def _classes(spec: Mapping[str, Any], root: Path, rows: list[FoundSet], given: PathLike | None = None) -> list[str]:
-    """The sorted wnids of a set: those of its class list, else all that were found, or half of them."""
+    """The classes of a set by label: those it names; or, sorted, its class list, all wnids found, or half of them."""
+    if not spec["wnid_folders"]:
+        return list(spec["classes"])
     if "classes" in spec:
         here = (root / place for place in spec["class_list"])
         path = given or next((place for place in here if place.is_file()), None)
@@ -318,18 +337,19 @@ def _read_class_list(path: Path, spec: Mapping[str, Any]) -> list[str]:
     return sorted(set(lines))
 
 
-def _restrict(row: FoundSet, wnids: list[str], spec: Mapping[str, Any]) -> FoundSet:
-    """The images of these classes, labelled by rank."""
+def _restrict(row: FoundSet, classes: list[str], spec: Mapping[str, Any]) -> FoundSet:
+    """The images of these classes, labelled by position."""
     if row.source is None:
         return row
-    source = row.source.with_labels_from(wnids)
+    source = row.source.with_labels_from(classes)
     source = source.subset(np.flatnonzero(np.asarray(source.labels) >= 0))
-    absent = sorted(set(wnids) - set(row.source.label_names))
+    absent = sorted(set(classes) - set(row.source.label_names))
     if len(source) and not (absent and "classes" in spec):
         return replace(row, images=len(source), source=source)
     error = DataError(
-        f"{row.name}: {str(row.path)!r} lacks {len(absent)} of the {len(wnids)} classes ({', '.join(absent[:3])}, ...)"
-        + (f"; their list is {spec['class_list_published']}." if "classes" in spec else ".")
+        f"{row.name}: {str(row.path)!r} lacks {len(absent)} of the {len(classes)} classes "
+        f"({', '.join([*absent[:3], *(['...'] if absent[3:] else [])])})"
+        + (f"; their list is {spec['class_list_published']}." if "class_list" in spec else ".")
     )
     return replace(row, images=0, error=error, source=None)
 
@@ -337,19 +357,32 @@ def _restrict(row: FoundSet, wnids: list[str], spec: Mapping[str, Any]) -> Found
 # ---- class names
 
 
-def _class_names(wnids: list[str], spec: Mapping[str, Any], root: Path, given: PathLike | None) -> list[str]:
+def _class_names(classes: list[str], spec: Mapping[str, Any], root: Path, given: PathLike | None) -> list[str]:
     """From a file, else the benchmark's own names, else CLIP's."""
     here = (root / place for place in spec["class_names"])
     path = given or next((place for place in here if place.is_file()), None)
+    path = None if path is None else Path(path).expanduser()
+    if not spec["wnid_folders"]:
+        return [name.replace("_", " ") for name in (_names_in_order(path, classes) if path else classes)]
     own = spec["classes"] if isinstance(spec.get("classes"), dict) else {}
-    names = _clip_names() | own if path is None else _read_names(Path(path).expanduser(), wnids)
-    if absent := [wnid for wnid in wnids if wnid not in names]:
+    names = _clip_names() | own if path is None else _read_names(path, classes)
+    if absent := [wnid for wnid in classes if wnid not in names]:
         raise DataError(
-            f"{len(absent)} of the {len(wnids)} classes, first {absent[0]!r}, have no name "
+            f"{len(absent)} of the {len(classes)} classes, first {absent[0]!r}, have no name "
             f"{'among the 1,000 of ImageNet' if path is None else f'in {str(path)!r}'}; "
             "give a class_names_file with a line for each: wnid, space, name."
         )
-    return [names[wnid].replace("_", " ") for wnid in wnids]
+    return [names[wnid].replace("_", " ") for wnid in classes]
+
+
+def _names_in_order(path: Path, classes: list[str]) -> list[str]:
+    lines = read_class_names(path)
+    if len(lines) != len(classes):
+        raise DataError(
+            f"{str(path)!r} has {len(lines)} names for {len(classes)} classes; "
+            f"give one per line, from that of {classes[0]!r} to that of {classes[-1]!r}."
+        )
+    return lines
 
 
 @cache

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ood_core._files import write_atomically
+from ood_core._progress import progress_bar
 from ood_core.errors import DataError, UsageError
 
 __all__ = ["train"]
 
 History = list[dict[str, float]]
+Losses = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
 
 def train(
     parameters: Mapping[str, nn.Parameter],
-    losses: Callable[[Tensor, int], dict[str, Tensor]],
+    losses: Callable[[Tensor, int], Losses],
     *,
     size: int,
     epochs: int,
@@ -54,7 +54,8 @@ def train(
     Args:
         parameters: what is learned, by name; changed in place, and all that a checkpoint holds besides the
             optimiser's state.
-        losses: (row numbers int64 [b], epoch) -> named scalars, whose sum is minimised.
+        losses: (row numbers int64 [b], epoch) -> named scalars, whose sum is minimised. A pair (sum, count) counts
+            as their quotient over the whole batch (0 without a count), where it is no mean over its rows.
         size: number of training rows.
         epochs: passes over them.
         batch_size: rows per step, over all processes.
@@ -95,7 +96,7 @@ def train(
         history = _restore(file, described, parameters, optimizer)
         if len(history) > epochs:
             raise UsageError(f"{file} holds {len(history)} epochs, more than the {epochs} asked for: remove it.")
-    with _bar(epochs, len(history), False if rank else progress) as tell:
+    with progress_bar("epoch", epochs, len(history), False if rank else progress) as tell:
         for epoch in range(len(history), epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             batches = list(torch.randperm(size, generator=generator).split(batch_size))
@@ -124,7 +125,7 @@ def train(
 
 def _step(
     parameters: Mapping[str, nn.Parameter],
-    losses: Callable[[Tensor, int], dict[str, Tensor]],
+    losses: Callable[[Tensor, int], Losses],
     optimizer: torch.optim.Optimizer,
     rows: Tensor,
     epoch: int,
@@ -136,9 +137,10 @@ def _step(
     # A batch smaller than the number of processes is computed by the first, so that names and shapes agree.
     mine = rows[rank::world] if len(rows) >= world else rows[: len(rows) if rank == 0 else 0]
     share = len(mine) / len(rows)
-    parts: dict[str, Tensor] = {}
-    if len(mine):
-        parts = {name: value * share for name, value in losses(mine, epoch).items()}
+    found = losses(mine, epoch) if len(mine) else {}
+    counts = _whole_counts(found, world)
+    parts = {n: v[0] / counts[n].clamp(min=1) if isinstance(v, tuple) else v * share for n, v in found.items()}
+    if parts:
         torch.stack(list(parts.values())).sum().backward()
     means = {name: value.item() for name, value in parts.items()}
     for parameter in parameters.values():
@@ -153,6 +155,16 @@ def _step(
         means = {name: sum(one.get(name, 0.0) for one in everyone) for name in everyone[0]}
     optimizer.step()
     return means
+
+
+def _whole_counts(losses: Losses, world: int) -> dict[str, Tensor]:
+    """The counts of pairs, over all processes."""
+    counts = {name: value[1] for name, value in losses.items() if isinstance(value, tuple)}
+    if world > 1:  # also without rows: the others wait
+        everyone: list[dict[str, float]] = [{}] * world
+        dist.all_gather_object(everyone, {name: count.item() for name, count in counts.items()})
+        counts = {n: c.new_tensor(sum(one.get(n, 0) for one in everyone)) for n, c in counts.items()}
+    return counts
 
 
 def _finite(value: float) -> bool:
@@ -221,31 +233,3 @@ def _restore(
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return history
-
-
-# ---- progress
-
-
-@contextmanager
-def _bar(total: int, done: int, show: bool | None) -> Iterator[Callable[[dict[str, float]], Any]]:
-    if not (sys.stderr.isatty() if show is None else show):
-        yield lambda means: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("epoch"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=done)
-
-        def tell(means: dict[str, float]) -> None:
-            text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-            bar.update(task, advance=1, description=text)
-
-        yield tell

@@ -18,6 +18,7 @@ from ood_core.cli.common import (
     named_sources,
     parse_param,
     print_json,
+    print_table,
 )
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 
@@ -127,7 +128,7 @@ def sweep(args: argparse.Namespace) -> None:
     if args.json:
         print_json(rows)
         return
-    _print_table(
+    print_table(
         ["k", "alpha", "T", "negatives", "AUROC", "FPR95"],
         [
             [row["k"], row["alpha"], row["temperature"], row["negatives"], *(_percent(row[m]) for m in _MEASURES)]
@@ -198,7 +199,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"protocol": args.protocol, "results": results, "study": extra, "published": published})
         return
-    _print_table(
+    print_table(
         ["FPR95 / AUROC", *found.ood, "average", "accuracy"],
         [row for name, scores in results.items() for row in _our_rows(name, scores, list(found.ood), args)]
         + [
@@ -209,7 +210,7 @@ def reproduce(args: argparse.Namespace) -> None:
     for name, lines in extra.items():
         if lines:
             message(name)
-            _print_table(
+            print_table(
                 list(lines[0]), [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in lines]
             )
     message(f"Every run: {args.out}")
@@ -345,12 +346,3 @@ def _listed(counts: dict[str, int]) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
-
-
-def _print_table(header: list[str], rows: list[list[Any]]) -> None:
-    """Aligned columns that no terminal width breaks."""
-    lines = [list(map(str, row)) for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        print("  ".join(cells).rstrip())  # noqa: T201

@@ -16,8 +16,8 @@ import torch
 from ood_core import _check
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
-from ood_core.data import load_batches, open_source
-from ood_core.data.augment import Views
+from ood_core.data import open_source
+from ood_core.data.augment import LiveViews, Views
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
@@ -325,10 +325,11 @@ class IIM(Detector):
     ) -> _Patches:
         if isinstance(images, FeatureSet):
             return _Rows(images.local)
-        make = partial(Views, images, size=backbone.transform.crop, scale=(self.crop_scale, 1.0), seed=self.seed)
+        scale = (self.crop_scale, 1.0)
         if not self.views:
-            return _Live(backbone, make)
-        return _Rows(extract(backbone, make(self.views), {"local"}, cache=cache, progress=progress).local, self.views)
+            return _Live(backbone, LiveViews(images, backbone.transform, scale=scale, seed=self.seed))
+        views = Views(images, self.views, size=backbone.transform.crop, scale=scale, seed=self.seed)
+        return _Rows(extract(backbone, views, {"local"}, cache=cache, progress=progress).local, self.views)
 
     def _training_k(self, patches: int) -> int:
         """Positive patches per class; the negative loss needs as many, or one at least, behind them."""
@@ -508,14 +509,11 @@ class _Rows:
 class _Live:
     """Patch features of views that are new in every epoch, encoded batch by batch."""
 
-    def __init__(self, backbone: Backbone, make: Callable[..., Views]) -> None:
-        self.backbone, self.make, self.epoch = backbone, make, -1
+    def __init__(self, backbone: Backbone, views: LiveViews) -> None:
+        self.backbone, self.views = backbone, views
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
-        if epoch != self.epoch:
-            self.epoch, self.source = epoch, self.make(1, first=epoch)
-        (batch,) = load_batches(self.source, self.backbone.transform, [rows.tolist()], progress=False)
-        return self.backbone.encode(batch.pixels, {"local"})["local"]
+        return self.backbone.encode(self.views(rows, epoch), {"local"})["local"]
 
 
 _RELEASED = {

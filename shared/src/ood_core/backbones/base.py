@@ -230,6 +230,7 @@ class Backbone(ABC):
         """An independent backbone with the same weights."""
         twin = self._twin(copy.deepcopy(self.model))
         twin._hash, twin._edits = self._hash, dict(self._edits)
+        twin.logit_scale = self.logit_scale  # read before the weights were rounded
         return twin
 
     def _twin(self, model: nn.Module) -> Self:

@@ -57,18 +57,19 @@ class NamedLinear:
             self.weight.copy_(weight)
         self.on_change(self, before)
 
-    def placed(self, weight: Tensor) -> Tensor:
+    def placed(self, weight: Tensor, whole: Tensor | None = None) -> Tensor:
         """The library's whole parameter with another matrix in this one's place; gradients reach `weight`.
 
         Args:
             weight: [out, in].
+            whole: what the other rows are taken from, of the shape of `parameter`; None: the parameter itself.
 
         Returns:
             A tensor of the shape of `parameter`; nothing is changed.
         """
         weight = weight.to(self.parameter.dtype)
         if self.rows is not None:
-            whole = self.parameter.detach()
+            whole = self.parameter.detach() if whole is None else whole
             weight = torch.cat([whole[: self.rows.start], weight, whole[self.rows.stop :]])
         return weight.T if self.transposed else weight
 

@@ -198,7 +198,7 @@ def _is_causal(text: Any) -> bool:
 
 @torch.no_grad()
 def _output_width(visual: Any, transform: ImageTransform) -> int:
-    return visual(torch.zeros(1, 3, *transform.crop)).shape[-1]
+    return visual(torch.zeros(1, 3, *transform.crop).to(next(visual.parameters()))).shape[-1]
 
 
 def image_transform(model: nn.Module) -> ImageTransform:

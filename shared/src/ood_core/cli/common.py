@@ -28,6 +28,7 @@ __all__ = [
     "message",
     "named_sources",
     "print_json",
+    "print_table",
     "run",
     "save_detectors",
 ]
@@ -75,13 +76,24 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))  # noqa: T201
 
 
-def add_backbone_arguments(parser: argparse.ArgumentParser, *, default: str | None = "tiny") -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns on stdout that no terminal width breaks."""
+    lines = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())  # noqa: T201
+
+
+def add_backbone_arguments(
+    parser: argparse.ArgumentParser, *, default: str | None = "tiny", dtype: str = "auto"
+) -> None:
     """--backbone, --device, --dtype."""
     parser.add_argument(
         "--backbone", metavar="SPEC", default=default, help=f"see `ood list` (default: {default or 'tiny'})"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    parser.add_argument("--dtype", default=dtype, help=f"auto, float32 or bfloat16 (default: {dtype})")
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +127,10 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list of rows")
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--id, --ood, --calibrate, --convention, --bootstrap, --seed."""
-    parser.add_argument("--id", metavar="SOURCE", required=True, help="ID test images")
-    parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=True)
+    parser.add_argument("--id", metavar="SOURCE", required=required, help="ID test images")
+    parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=required, default=[])
     parser.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
     parser.add_argument(
         "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"

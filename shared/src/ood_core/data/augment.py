@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["Views"]
+__all__ = ["LiveViews", "Views"]
 
 import math
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from ood_core.data.loader import load_batches
 from ood_core.data.sources import ImageSource
 from ood_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ood_core.backbones.transform import ImageTransform
 
 
 class Views(ImageSource):
@@ -68,6 +75,31 @@ class Views(ImageSource):
         view, index = item
         stamp = self.source._stamp(self.source._items[index])
         return f"{stamp} view {view} {self.seed} {self.size} {self.scale}"
+
+
+class LiveViews:
+    """Views that are new in every epoch, decoded batch by batch: (rows [b], epoch) -> pixels [b, 3, H, W].
+
+    Args:
+        source: the images.
+        transform: a backbone's.
+        scale: see `Views`.
+        seed: see `Views`.
+
+    Example:
+        >>> pixels = LiveViews(source, backbone.transform, scale=(0.9, 1.0), seed=1)(rows, epoch=0)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: ImageTransform, *, scale: tuple[float, float] = (0.85, 1.0), seed: int = 0
+    ) -> None:
+        self.source, self.transform, self.scale, self.seed = source, transform, scale, seed
+
+    def __call__(self, rows: Tensor, epoch: int) -> Tensor:
+        """Pixels of these images' views in this epoch."""
+        views = Views(self.source, 1, size=self.transform.crop, scale=self.scale, seed=self.seed, first=epoch)
+        (batch,) = load_batches(views, self.transform, [rows.tolist()], progress=False)
+        return batch.pixels
 
 
 def _random_box(width: int, height: int, scale: tuple[float, ...], draw: random.Random) -> tuple[int, int, int, int]:

@@ -27,7 +27,7 @@ from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageEr
 from ood_core.features import FeatureSet, stream
 from ood_core.prompts import text_features
 
-__all__ = ["Detector", "Scorable"]
+__all__ = ["Detector", "Scorable", "match_labels"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Detector(ABC):
         capabilities: what it needs of a backbone in any configuration.
         fit_options: options that `fit` depends on.
         demo_options: options for the demo's few classes, where the defaults would take long.
+        fits_on_images: `fit` takes images instead of features (methods that change the backbone).
         class_names: the known classes, in the order of logits; empty until known.
         state: named tensors, saved as safetensors.
         threshold: scores below it are OOD; None before `calibrate`.
@@ -66,6 +67,7 @@ class Detector(ABC):
     remedy: ClassVar[str] = "call fit(features) with ID images first"
     chunk: ClassVar[int] = 512
     demo_options: ClassVar[Mapping[str, Any]] = {}
+    fits_on_images: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -217,7 +219,7 @@ class Detector(ABC):
         predicted = None if features.labels is None else self.predict(features)
         if predicted is None:
             return None
-        labels = _match(features.label_names, self.class_names)[features.labels]
+        labels = match_labels(features.label_names, self.class_names)[features.labels]
         return (predicted == labels)[labels >= 0] if bool((labels >= 0).any()) else None
 
     def _check_scorable(self, features: FeatureSet) -> None:
@@ -329,7 +331,7 @@ class Detector(ABC):
             raise DataError(f"{self.name!r} needs labelled images to fit; these have no labels.")
         if not self.class_names:
             self.class_names = list(features.label_names)
-        table = _match(features.label_names, self.class_names)
+        table = match_labels(features.label_names, self.class_names)
         used = sorted(set(features.labels.tolist()) - {-1})
         if unknown := [features.label_names[i] for i in used if table[i] < 0]:
             raise DataError(
@@ -437,10 +439,21 @@ class Detector(ABC):
 _COMMON = ("self", "class_names", "template", "common")
 
 
-def _match(label_names: Sequence[str], class_names: Sequence[str]) -> Tensor:
+def match_labels(label_names: Sequence[str], class_names: Sequence[str]) -> Tensor:
     """Index into `class_names` of every label name, -1 where it is not among them; and a last -1 for no label.
 
     Lists that are equal match by position, so that a name that occurs twice (ImageNet has two) stays two classes.
+
+    Args:
+        label_names: L names; underscores are spaces.
+        class_names: C names.
+
+    Returns:
+        int64 [L + 1], to be indexed by labels, -1 included.
+
+    Example:
+        >>> match_labels(["great_dane", "cat"], ["cat", "great dane"])
+        tensor([ 1,  0, -1])
     """
     if list(label_names) == list(class_names):
         return torch.tensor([*range(len(class_names)), -1])
@@ -463,7 +476,9 @@ def _local_folder(folder: str | Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(folder), allow_patterns=["config.json", "model.safetensors"]))
+        # Some detectors hold others, or an edit, in folders of their own.
+        wanted = ["config.json", "model.safetensors", "*/config.json", "*/model.safetensors", "*/edit.*"]
+        return Path(snapshot_download(str(folder), allow_patterns=wanted))
     except Exception as error:
         raise MissingDataError(
             f"{folder} is no folder with a saved detector, and no repository of that name could be fetched "
