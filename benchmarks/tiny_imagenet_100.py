@@ -110,7 +110,7 @@ def main() -> int:
     results = run(
         backbone,
         args.packs,
-        [name for name in list_detectors() if name != "iim"],  # benchmarks/iim.py has that one
+        [name for name in list_detectors() if name not in ("iim", "neg_label", "setar")],  # iim.py, setar.py
         bootstrap=args.bootstrap,
         seed=args.seed,
         report=args.report,

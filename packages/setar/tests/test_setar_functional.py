@@ -1,14 +1,27 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ood_setar.functional import dropped_rank, split_low_rank, truncate
+from ood_setar.functional import (
+    LossTerms,
+    accept,
+    compose,
+    dropped_rank,
+    loss_terms,
+    pseudo_ood_cells,
+    search_loss,
+    split_low_rank,
+    truncate,
+)
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(FOLDER / "setar_linear.npz").items()}
 RANKS = json.loads((FOLDER / "setar_ranks.json").read_text())
+# Every candidate's loss of the five searches published with the released code, and the ratios they ended with.
+REPLAY = json.loads((FOLDER / "setar_replay.json").read_text())
 CLOSE = {"rtol": 0, "atol": 3e-5}
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -26,6 +39,31 @@ def matrix(*shape, seed=0):
 
 def singular_values(weight):
     return torch.linalg.svdvals(weight.double())
+
+
+def batch(images=4, cells=5, classes=6, *, seed=0, scale=2.0):
+    """Random global logits, local logits and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (images,), generator=generator)
+    return scale * matrix(images, classes, seed=seed), scale * matrix(images, cells, classes, seed=seed + 1), labels
+
+
+def probabilities(logits):
+    top = max(logits)
+    powers = [math.exp(value - top) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def loss_by_loops(global_logits, local_logits, labels, *, k):
+    """(L_ID, L_OOD, cells) in plain Python: the top k by a sort, every sum by a loop."""
+    crossed, entropies = [], []
+    for image, cells, label in zip(global_logits.tolist(), local_logits.tolist(), labels.tolist(), strict=True):
+        crossed.append(-math.log(probabilities(image)[label]))
+        for cell in cells:
+            best = sorted(range(len(cell)), key=lambda c: -cell[c])[:k]
+            if label not in best:
+                entropies.append(sum(share * math.log(share + 1e-5) for share in probabilities(cell)))
+    return sum(crossed) / len(crossed), sum(entropies) / max(1, len(entropies)), len(entropies)
 
 
 class TestDroppedRank:
@@ -232,3 +270,247 @@ class TestSplitLowRank:
     def test_bad_input(self, weight, ratio, error, words):
         with pytest.raises(error, match=words):
             split_low_rank(weight, ratio)
+
+
+class TestCompose:
+    @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (7, 7)], ids=str)
+    @pytest.mark.parametrize("drop", ["minor", "principal", "random"])
+    def test_is_truncate_with_the_decomposition_done(self, shape, drop):
+        weight = matrix(*shape)
+        factors = torch.linalg.svd(weight, full_matrices=False)
+        for ratio in (0.2, 0.6):
+            generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+            ours = compose(factors, dropped_rank(shape, ratio), drop=drop, generator=generators[0])
+            assert torch.equal(ours, truncate(weight, ratio, drop=drop, generator=generators[1]))
+
+    def test_dropping_nothing_is_the_matrix_and_keeps_the_factors(self):
+        weight = matrix(9, 5)
+        factors = torch.linalg.svd(weight, full_matrices=False)
+        before = [factor.clone() for factor in factors]
+        torch.testing.assert_close(compose(factors, 0), weight, rtol=0, atol=1e-12)
+        compose(factors, 3)
+        assert all(map(torch.equal, factors, before))
+
+    def test_a_sum_over_the_singular_values_that_stay(self):
+        u, s, vh = torch.linalg.svd(matrix(4, 6), full_matrices=False)
+        expected = sum(s[i] * torch.outer(u[:, i], vh[i]) for i in (0, 1, 2))
+        torch.testing.assert_close(compose((u, s, vh), 1), expected, rtol=0, atol=1e-12)
+        expected = sum(s[i] * torch.outer(u[:, i], vh[i]) for i in (2, 3))
+        torch.testing.assert_close(compose((u, s, vh), 2, drop="principal"), expected, rtol=0, atol=1e-12)
+
+
+class TestSearchLoss:
+    @pytest.mark.parametrize("k", [1, 2, 5, 6])
+    @pytest.mark.parametrize("shape", [(4, 5, 6), (1, 5, 6), (4, 1, 6), (1, 1, 6), (3, 7, 9)], ids=str)
+    def test_against_loops(self, shape, k):
+        logits, local, labels = batch(*shape, seed=sum(shape) + k)
+        id_loss, ood_loss, cells = loss_by_loops(logits, local, labels, k=k)
+        terms = loss_terms(logits, local, labels, k=k)
+        assert terms.id_loss().item() == pytest.approx(id_loss, abs=1e-12)
+        assert terms.ood_loss().item() == pytest.approx(ood_loss, abs=1e-12)
+        assert int(terms.cells.sum()) == cells
+        rows = zip(logits.tolist(), labels.tolist(), strict=True)
+        assert terms.correct.tolist() == [row.index(max(row)) == label for row, label in rows]
+        for weight in (0, 0.1, -2.5):
+            ours = search_loss(logits, local, labels, k=k, weight=weight).item()
+            assert ours == pytest.approx(id_loss + weight * ood_loss, abs=1e-12)
+
+    def test_rank_count_is_membership_of_the_top_k(self):
+        _, local, labels = batch(6, 8, 7)
+        own = labels[:, None, None]
+        for k in range(1, 8):
+            among = (local.topk(k, -1).indices == own).any(-1)
+            assert torch.equal(pseudo_ood_cells(local, labels, k=k), ~among)
+
+    def test_weight_zero_is_cross_entropy(self):
+        logits, local, labels = batch()
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+        assert search_loss(logits, local, labels, k=2, weight=0.0) == expected
+
+    def test_k_of_all_classes_leaves_no_cell(self):
+        logits, local, labels = batch(classes=6)
+        assert not pseudo_ood_cells(local, labels, k=6).any()
+        terms = loss_terms(logits, local, labels, k=6)
+        assert terms.ood_loss() == 0
+        assert search_loss(logits, local, labels, k=6, weight=3.0) == terms.id_loss()
+
+    @pytest.mark.parametrize("classes", [2, 10, 1000])
+    def test_even_cells_have_the_most_negative_loss(self, classes):
+        """Logits equal but for the own class, which is a hair below: every cell counts, its softmax is uniform."""
+        local = torch.zeros(3, 4, classes, dtype=torch.float64)
+        local[..., 0] = -1e-9
+        labels = torch.zeros(3, dtype=torch.int64)
+        terms = loss_terms(local[:, 0], local, labels, k=1)
+        assert terms.cells.tolist() == [4, 4, 4]
+        assert terms.ood_loss().item() == pytest.approx(math.log(1 / classes + 1e-5), abs=1e-7)
+        peaked = local.clone()
+        peaked[..., 1] = 3
+        assert loss_terms(local[:, 0], peaked, labels, k=1).ood_loss() > terms.ood_loss()
+
+    def test_equal_logits_count_for_the_class(self):
+        local = torch.zeros(1, 3, 4)
+        local[0, 1, 2] = 1.0  # one class above the own one
+        local[0, 2, 2:] = 1.0  # two
+        label = torch.tensor([0])
+        assert pseudo_ood_cells(local, label, k=1).tolist() == [[False, True, True]]
+        assert pseudo_ood_cells(local, label, k=2).tolist() == [[False, False, True]]
+        assert pseudo_ood_cells(local, label, k=3).tolist() == [[False, False, False]]
+
+    def test_only_the_ood_part_depends_on_batching(self):
+        logits, local, labels = batch(6, 5, 6)
+        whole = loss_terms(logits, local, labels, k=3)
+        parts = [loss_terms(logits[i : i + 2], local[i : i + 2], labels[i : i + 2], k=3) for i in (0, 2, 4)]
+        torch.testing.assert_close(torch.stack([part.id_loss() for part in parts]).mean(), whole.id_loss())
+        pooled = torch.stack([part.ood_loss() for part in parts]).mean()
+        assert len({int(part.cells.sum()) for part in parts}) > 1
+        assert abs(pooled - whole.ood_loss()) > 1e-3
+        together = LossTerms(*map(torch.cat, zip(*parts, strict=True)))
+        for ours, expected in zip(together, whole, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+    def test_the_order_of_cells_and_of_images_does_not_matter(self):
+        logits, local, labels = batch()
+        expected = search_loss(logits, local, labels, k=2, weight=0.5)
+        cells, images = torch.tensor([3, 0, 4, 2, 1]), torch.tensor([2, 0, 3, 1])
+        torch.testing.assert_close(search_loss(logits, local[:, cells], labels, k=2, weight=0.5), expected)
+        moved = search_loss(logits[images], local[images], labels[images], k=2, weight=0.5)
+        torch.testing.assert_close(moved, expected)
+        assert search_loss(logits, local[images], labels, k=2, weight=0.5) != expected
+
+    def test_the_images_of_a_batch_keep_their_terms(self):
+        logits, local, labels = batch()
+        terms = loss_terms(logits, local, labels, k=2)
+        for row in range(len(labels)):
+            one = loss_terms(logits[row : row + 1], local[row : row + 1], labels[row : row + 1], k=2)
+            for ours, expected in zip(one, terms, strict=True):
+                torch.testing.assert_close(ours[0], expected[row])
+
+    def test_adding_a_constant_to_all_logits_changes_nothing(self):
+        logits, local, labels = batch()
+        expected = search_loss(logits, local, labels, k=2, weight=0.5)
+        torch.testing.assert_close(search_loss(logits + 7, local - 3, labels, k=2, weight=0.5), expected)
+
+    @pytest.mark.parametrize("k", [1, 3, 6])
+    def test_gradients(self, k):
+        logits, local, labels = batch(3, 4, 6)
+
+        def loss(one, other):
+            return search_loss(one, other, labels, k=k, weight=0.7)
+
+        assert torch.autograd.gradcheck(loss, (logits.requires_grad_(), local.requires_grad_()))
+        loss(logits, local).backward()
+        cells = pseudo_ood_cells(local, labels, k=k)
+        assert torch.equal(local.grad.abs().sum(-1) > 0, cells)  # other cells do not count
+
+    def test_large_logits(self):
+        logits, local, labels = batch(scale=1e4)
+        id_loss, ood_loss, _ = loss_by_loops(*batch(scale=100.0), k=2)
+        assert search_loss(logits, local, labels, k=2, weight=0.5).isfinite()
+        ours = search_loss(*batch(scale=100.0), k=2, weight=0.5).item()
+        assert ours == pytest.approx(id_loss + 0.5 * ood_loss, rel=1e-12)
+
+    def test_float32_is_close_and_half_is_computed_in_float32(self):
+        logits, local, labels = batch(8, 16, 20)
+        exact = search_loss(logits, local, labels, k=6, weight=0.3)
+        single = search_loss(logits.float(), local.float(), labels, k=6, weight=0.3)
+        assert (exact.dtype, single.dtype) == (torch.float64, torch.float32)
+        assert single.item() == pytest.approx(exact.item(), rel=1e-5)
+        for dtype in (torch.float16, torch.bfloat16):
+            half = search_loss(logits.to(dtype), local.to(dtype), labels, k=6, weight=0.3)
+            expected = search_loss(logits.to(dtype).float(), local.to(dtype).float(), labels, k=6, weight=0.3)
+            assert half.dtype == torch.float32
+            assert torch.equal(half, expected)
+
+    def test_labels_of_any_integer_type(self):
+        logits, local, labels = batch()
+        expected = search_loss(logits, local, labels, k=2, weight=0.5)
+        assert search_loss(logits, local, labels.int(), k=2, weight=0.5) == expected
+
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"k": 0}, ValueError, r"k=0 is outside \[1, 6\]"),
+            ({"k": 7}, ValueError, r"k=7 .*number of classes"),
+            ({"k": True}, TypeError, "k must be an integer"),
+            ({"k": 2.0}, TypeError, r"2\.0"),
+            ({"labels": torch.tensor([0, 1, 2, 6])}, ValueError, r"\[0, 6\), got 0 to 6"),
+            ({"labels": torch.tensor([0, 1, -1, 2])}, ValueError, "got -1 to 2"),
+            ({"labels": torch.zeros(4)}, TypeError, "float32"),
+            ({"labels": torch.zeros(4, dtype=torch.bool)}, TypeError, "bool"),
+            ({"labels": [0, 1, 2, 3]}, TypeError, "list"),
+            ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"\[4\], got \[3\]"),
+            ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"got \[4, 1\]"),
+            ({"global_logits": torch.full((4, 6), torch.nan)}, ValueError, "global_logits holds NaN"),
+            ({"local_logits": torch.full((4, 5, 6), torch.nan)}, ValueError, "local_logits holds NaN"),
+            ({"global_logits": torch.zeros(6)}, ValueError, r"\[N, C\], got \[6\]"),
+            ({"local_logits": torch.zeros(4, 6)}, ValueError, r"\[N, P, C\], got \[4, 6\]"),
+            ({"local_logits": torch.zeros(3, 5, 6)}, ValueError, "N is 4"),
+            ({"local_logits": torch.zeros(4, 5, 7)}, ValueError, "C is 6"),
+            ({"local_logits": torch.zeros(4, 0, 6)}, ValueError, "empty"),
+            ({"global_logits": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "int64"),
+            ({"weight": torch.inf}, ValueError, "weight=inf"),
+            ({"weight": torch.nan}, ValueError, "weight=nan"),
+            ({"weight": "0.1"}, TypeError, r"'0\.1'"),
+            ({"weight": True}, TypeError, "True"),
+            ({"weight": None}, TypeError, "None"),
+        ],
+    )
+    def test_bad_input(self, change, error, words):
+        logits, local, labels = batch()
+        given = {"global_logits": logits, "local_logits": local, "labels": labels, "k": 2, "weight": 0.1} | change
+        with pytest.raises(error, match=words):
+            search_loss(**given)
+
+
+class TestAccept:
+    @pytest.mark.parametrize("name", REPLAY)
+    @pytest.mark.parametrize("baseline", ["every step", "first step"])
+    def test_replay_of_the_published_searches(self, name, baseline):
+        """The ratios follow from the losses, whether or not the weight as it is counts again at later steps."""
+        search, incumbent, found = REPLAY[name], math.inf, []
+        for losses in search["losses"]:
+            candidates = list(zip(search["candidates"], losses, strict=True))
+            assert candidates[0][0] == 0
+            if found:
+                assert losses[0] == incumbent  # measured again
+            ratio, after = accept(incumbent, candidates[1:] if found and baseline == "first step" else candidates)
+            assert after <= incumbent
+            incumbent = after
+            found.append(ratio)
+        assert found == [ratio for _, _, ratio in search["ratios"]]
+        assert incumbent == min(min(losses) for losses in search["losses"])
+
+    @pytest.mark.parametrize(
+        ("incumbent", "candidates", "expected"),
+        [
+            (math.inf, [(0.0, 1.0), (0.1, 2.0)], (0.0, 1.0)),
+            (math.inf, [(0.0, 2.0), (0.1, 1.0), (0.2, 1.0)], (0.1, 1.0)),
+            (math.inf, [(0.2, 1.0), (0.0, 2.0), (0.1, 1.0)], (0.1, 1.0)),
+            (1.0, [(0.1, 1.0), (0.2, 1.0)], (0.0, 1.0)),
+            (1.0, [(0.1, 1.5), (0.2, 1.2)], (0.0, 1.0)),
+            (1.0, [(0.1, 0.9), (0.2, 0.95), (0.3, 0.8)], (0.3, 0.8)),
+            (-0.5, [(0.3, -0.6), (0.1, -0.7), (0.2, -0.7)], (0.1, -0.7)),
+            (1.0, [], (0.0, 1.0)),
+            (math.inf, [(0.1, 5.0)], (0.1, 5.0)),
+            (1.0, [(0.1, math.nan), (0.2, 0.5)], (0.2, 0.5)),
+        ],
+    )
+    def test_the_first_of_the_best_if_strictly_better(self, incumbent, candidates, expected):
+        before = list(candidates)
+        assert accept(incumbent, candidates) == expected
+        assert candidates == before
+
+    def test_the_order_of_the_candidates_does_not_matter_and_the_value_never_rises(self):
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            ratios = np.round(np.arange(9) * 0.05, 2)
+            values = rng.integers(0, 6, 9) / 4  # many ties
+            pairs = [(float(r), float(v)) for r, v in zip(ratios, values, strict=True)]
+            incumbent = float(rng.integers(0, 6) / 4)
+            chosen, after = accept(incumbent, pairs)
+            assert after == min(incumbent, values.min())
+            if after < incumbent:
+                assert chosen == ratios[values.argmin()]
+            else:
+                assert chosen == 0
+            assert accept(incumbent, [pairs[i] for i in rng.permutation(9)]) == (chosen, after)

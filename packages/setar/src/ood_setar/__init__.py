@@ -1,8 +1,9 @@
 """Selective low-rank approximation (SeTAR) of a network's weights.
 
-SeTAR makes a pretrained model's ordinary scores separate out-of-distribution images better by dropping the
-smallest singular values of some weights. `functional` holds the operations on one weight: the rank that a
-ratio drops, the truncation, and the split into a kept part and trainable low-rank factors.
+SeTAR makes a pretrained model's ordinary scores separate out-of-distribution images better by dropping the smallest
+singular values of some weights, chosen by a search on labelled ID images; SeTAR+FT trains the dropped directions.
+`functional` holds the equations; `search.search` and `finetune.finetune` make a `SeTAREdit`, which any detector's
+backbone can carry.
 
 Li, Xiong, Chen & Chen, "SeTAR: out-of-distribution detection with selective low-rank approximation", NeurIPS
 2024.
@@ -15,15 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_setar import functional
+    from ood_setar.detectors import SeTAR
+    from ood_setar.edit import SeTAREdit
+    from ood_setar.neg_label import NegLabel
 
 __version__ = "0.1.0"
 
-__all__ = ["functional"]
+_HOMES = {"NegLabel": "neg_label", "SeTAR": "detectors", "SeTAREdit": "edit"}
+__all__ = ["NegLabel", "SeTAR", "SeTAREdit", "functional"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return import_module("ood_setar.functional")
+    if name in _HOMES:
+        return getattr(import_module(f"ood_setar.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'ood_setar' has no attribute {name!r}")
 
 

@@ -4,26 +4,125 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from ood_setar import __version__
+from ood_core.cli.common import (
+    add_backbone_arguments,
+    add_command,
+    add_evaluation_arguments,
+    add_extraction_arguments,
+    run,
+)
+
+from ood_setar import __version__, commands
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ood-setar` and return its exit code."""
-    parser = _parser()
-    parser.parse_args(argv)
-    parser.print_help()
-    return 0
+    return run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood-setar",
-        description="SeTAR: selective low-rank approximation of weights for out-of-distribution detection "
-        "(NeurIPS 2024).",
-        epilog="The Python module ood_setar.functional offers dropped_rank, truncate and split_low_rank.",
+        description="SeTAR: selective low-rank approximation of a pretrained model's weights for out-of-distribution "
+        "detection (NeurIPS 2024). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a "
+        "column path) or FILE.parquet[:split].",
     )
     parser.add_argument("--version", action="version", version=f"ood-setar {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    search = add_command(verbs, "search", commands.search, "find the weights to truncate on labelled ID images")
+    search.add_argument("source", metavar="SOURCE", help="labelled ID images, about one per class or more")
+    search.add_argument("--out", metavar="DIR", required=True, help="where the edit goes; its log makes a rerun resume")
+    _add_making_arguments(search, "search")
+
+    finetune = add_command(verbs, "finetune", commands.finetune, "train the directions that a search dropped")
+    finetune.add_argument("source", metavar="SOURCE", help="labelled ID images, usually those of the search")
+    finetune.add_argument("--edit", metavar="DIR", help="of `ood-setar search`; without it LoRA on every weight")
+    finetune.add_argument("--rank", type=int, default=32, help="of LoRA (default: 32)")
+    finetune.add_argument("--out", metavar="DIR", required=True, help="where the edit goes")
+    _add_making_arguments(finetune, "finetune")
+
+    apply = add_command(verbs, "apply", commands.apply, "write an edited model's weights as other programs read them")
+    _add_edit_argument(apply)
+    apply.add_argument("--out", metavar="DIR", required=True)
+    add_backbone_arguments(apply, default=None, dtype="float32")
+
+    evaluate = add_command(verbs, "evaluate", commands.evaluate, "judge scores with and without the edit")
+    _add_edit_argument(evaluate)
+    evaluate.add_argument(
+        "--detector", metavar="NAME", nargs="+", default=["mcm", "gl_mcm"], help="default: mcm gl_mcm"
+    )
+    add_evaluation_arguments(evaluate, required=False)
+    evaluate.add_argument("--classify", metavar="LABELS.json", help="accuracy on --id by these labels instead")
+    evaluate.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of the detectors")
+    _add_class_arguments(evaluate, template=None)
+    evaluate.add_argument("--out", metavar="DIR", help="for results.json, scores.parquet and report.html")
+    add_backbone_arguments(evaluate, default=None)
+    add_extraction_arguments(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+    show = add_command(verbs, "show", commands.show, "print and plot what an edit drops and how its search went")
+    show.add_argument("edit", metavar="DIR", help="a saved edit, or a config_best.json of the released code")
+    show.add_argument("--out", metavar="FILE.png", help="picture to write")
+    show.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+    reproduce = add_command(
+        verbs, "reproduce", commands.reproduce, "run a table of the paper on your data, beside what was published"
+    )
+    _add_reproduction_arguments(reproduce)
     return parser
+
+
+def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    parser.add_argument("--root", metavar="DIR", required=True, help="data as the official code expects it")
+    parser.add_argument("--table", type=int, choices=(1, 2, 3, 4), required=True, help="4 is of accuracies")
+    parser.add_argument(
+        "--protocol",
+        nargs="+",
+        choices=("setar-imagenet-1k", "setar-voc"),
+        help="default: those that the table has figures of, if they are found",
+    )
+    parser.add_argument("--scores", metavar="NAME", nargs="+", help="default: the table's for the backbone")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[3, 4, 5], metavar="S", help="of what is trained (default: 3 4 5)"
+    )
+    parser.add_argument("--edit", metavar="DIR", help="searched elsewhere (or a released config_best.json): no search")
+    parser.add_argument("--labels", metavar="NAME=FILE", help="labels of an image set, for table 4", **several)
+    parser.add_argument("--set", dest="overrides", metavar="NAME=DIR", help="other folder of an image set", **several)
+    parser.add_argument(
+        "--param", metavar="KEY=VALUE", action="append", default=[], help="option of every step that has it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what is found and what is missing")
+    parser.add_argument(
+        "--out", metavar="DIR", default="reproduce-setar", help="models and figures; those that are there stay"
+    )
+    _add_class_arguments(parser)
+    add_backbone_arguments(parser, default="open_clip:ViT-B-16/openai", dtype="float32")
+    add_extraction_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+
+def _add_making_arguments(parser: argparse.ArgumentParser, function: str) -> None:
+    _add_class_arguments(parser)
+    parser.add_argument("--shots", type=int, metavar="N", help="images per class, drawn with --seed (default: all)")
+    parser.add_argument("--seed", type=int, default=5, help="of the draw and all that is random (default: 5)")
+    parser.add_argument(
+        "--param", metavar="KEY=VALUE", action="append", default=[], help=f"option of {function} (see README)"
+    )
+    add_backbone_arguments(parser, dtype="float32")  # rounded weights have other singular values
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+
+def _add_class_arguments(parser: argparse.ArgumentParser, *, template: str | None = "a photo of a {}") -> None:
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
+    default = "the detector's own" if template is None else repr(template)
+    parser.add_argument("--template", metavar="T", default=template, help=f"prompt (default: {default})")
+
+
+def _add_edit_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--edit", metavar="DIR", required=True, help="of `ood-setar search` or `finetune`")

@@ -1,0 +1,279 @@
+"""SeTAR+FT: the dropped directions of a search become a low-rank adapter and are trained; LoRA for comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ood_core import _check
+from ood_core.backbones.base import Backbone, _hash_tensors
+from ood_core.data import load_batches, open_source
+from ood_core.data.augment import LiveViews
+from ood_core.data.sources import ImageSource
+from ood_core.errors import UsageError
+from ood_core.training import train
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ood_setar.edit import SeTAREdit, draw
+from ood_setar.functional import loss_terms, split_low_rank
+from ood_setar.network import image_features, logits, text_features
+from ood_setar.search import class_prompts, default_cells_k, label_images
+
+__all__ = ["Adapters", "finetune", "lora"]
+
+
+class Adapters(nn.Module):
+    """Low-rank factors beside some weights of a frozen backbone: W = base + B A.
+
+    With the factors of `edit`, or else those that its ratios split off: then W is the original weight (up to
+    rounding) before the first step.
+
+    Args:
+        backbone: unedited; it is not changed.
+        edit: its ratios say which weights, its factors (if it has some) where to start.
+
+    Attributes:
+        base: name of a weight -> its frozen part [out, in].
+        learned: "NAME.B" [out, r] and "NAME.A" [r, in], the trainable parameters.
+    """
+
+    def __init__(self, backbone: Backbone, edit: SeTAREdit) -> None:
+        super().__init__()
+        edit._check(backbone)
+        if edit.drop != "minor":
+            raise UsageError(f"Only minor directions are trained; this edit drops {edit.drop!r} ones.")
+        self.backbone, self.scale = backbone, edit.scale
+        self.base: dict[str, Tensor] = {}
+        self.learned: dict[str, nn.Parameter] = {}
+        self._model = _Call(backbone.model)
+        for name, ratio in edit.ratios.items():
+            weight = backbone.linear(name).weight
+            weight = weight if weight.dtype == torch.float64 else weight.float()
+            base, b, a = split_low_rank(weight, ratio)
+            if name in edit.factors:
+                b, a = (factor.to(weight) for factor in edit.factors[name])
+            if b.shape[1]:
+                self.base[name] = base
+                self.learned |= {f"{name}.B": nn.Parameter(b.clone()), f"{name}.A": nn.Parameter(a.clone())}
+        if not self.base:
+            raise UsageError("This edit drops nothing, so there is nothing to train: search again, or use `lora`.")
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (B, A), detached copies on the CPU."""
+        return {
+            name: (
+                self.learned[f"{name}.B"].detach().cpu().clone(),
+                self.learned[f"{name}.A"].detach().cpu().clone(),
+            )
+            for name in self.base
+        }
+
+    def weight(self, name: str) -> Tensor:
+        """base + scale B A, [out, in]."""
+        return self.base[name] + self.scale * self.learned[f"{name}.B"] @ self.learned[f"{name}.A"]
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function that uses the backbone, with the adapted weights in it; gradients reach the factors."""
+        return functional_call(self._model, self._parameters_in_place(), (function, *arguments))
+
+    def _parameters_in_place(self) -> dict[str, Tensor]:
+        """The library's parameters that hold adapted weights, by name; several rows of one may be adapted."""
+        names = {id(parameter): f"model.{name}" for name, parameter in self.backbone.model.named_parameters()}
+        placed: dict[str, Tensor] = {}
+        for name in self.base:
+            linear = self.backbone.linear(name)
+            place = names[id(linear.parameter)]
+            placed[place] = linear.placed(self.weight(name), placed.get(place))
+        return placed
+
+
+class _Call(nn.Module):
+    """A module whose forward is any function: what `functional_call` needs to put tensors in a model's place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def lora(backbone: Backbone, names: Sequence[str], *, rank: int = 32, alpha: float = 8.0, seed: int = 5) -> SeTAREdit:
+    """Where LoRA starts: nothing dropped, A random, B zero; to be trained by `finetune`.
+
+    Args:
+        backbone: unedited.
+        names: weights to adapt, e.g. `visiting_order(backbone.linears())` for all up-projections.
+        rank: of every adapter.
+        alpha: the product B A is scaled by alpha / rank; 8 is what the paper's baseline had in effect.
+        seed: of A.
+
+    Returns:
+        An edit that leaves the backbone as it is.
+
+    Raises:
+        UsageError: an unknown weight.
+        ValueError: a rank larger than a weight.
+    """
+    factors = {}
+    for name in names:
+        weight = backbone.linear(name).weight
+        _check.integer("rank", rank, 1, min(weight.shape), f"{name} is {list(weight.shape)}")
+        a = torch.empty(rank, weight.shape[1])
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=draw(seed, name))
+        factors[name] = (torch.zeros(weight.shape[0], rank), a)
+    return SeTAREdit(
+        dict.fromkeys(names, 0.0),
+        backbone.fingerprint,
+        factors=factors,
+        scale=_check.positive("alpha", alpha) / rank,
+        record={"lora": {"rank": rank, "alpha": alpha, "seed": seed}},
+    )
+
+
+def finetune(
+    backbone: Backbone,
+    images: Any,
+    edit: SeTAREdit,
+    *,
+    class_names: Sequence[str] | None = None,
+    template: str = "a photo of a {}",
+    ood_weight: float = 0.1,
+    k: int | None = None,
+    epochs: int = 5,
+    batch_size: int = 100,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    crop_scale: float = 0.9,
+    augment: bool = True,
+    seed: int = 5,
+    checkpoint: str | Path | None = None,
+    resume: bool = True,
+    progress: bool | None = None,
+) -> SeTAREdit:
+    """Train the directions that a search dropped (SeTAR+FT), or LoRA's, on labelled ID images.
+
+    Args:
+        backbone: unedited; it is not changed.
+        images: a labelled source, usually that of the search.
+        edit: of `search` or `lora`.
+        class_names: C names; None: those of the labels.
+        template: prompt of a class.
+        ood_weight: lambda of the loss.
+        k: a cell is pseudo-OOD if its class is not among its k largest logits; None: 0.3 C, rounded.
+        epochs: passes over the images.
+        batch_size: images per step.
+        learning_rate: of SGD at the start; a cosine takes it to 0, step by step.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        crop_scale: smallest share of an image's area in an augmented view.
+        augment: random crop and flip in every epoch; off, every epoch sees the same pixels.
+        seed: of the order and the views.
+        checkpoint: file that keeps the factors after every epoch.
+        resume: go on from it.
+        progress: a bar on stderr; None shows it on a terminal only.
+
+    Returns:
+        A new edit with the trained factors; its `record` has the losses of every epoch.
+
+    Raises:
+        UsageError: an edit of another backbone, or one without anything to train.
+        DataError: labels that are missing or no class, or a loss that is no longer finite.
+
+    Source: SeTAR+FT of Li et al., NeurIPS 2024; defaults are those of its CLIP ViT-B/16.
+
+    Example:
+        >>> tuned = finetune(backbone, "train/", search(backbone, "train/"))  # doctest: +SKIP
+        >>> tuned.apply(backbone).encode_image(x)  # doctest: +SKIP
+    """
+    source = open_source(images)
+    names, labels = label_images(backbone, source, class_names)
+    k = default_cells_k(k, len(names))
+    adapters = Adapters(backbone, edit)
+    optimizer = torch.optim.SGD(
+        adapters.learned.values(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    settings = {
+        "template": template,
+        "ood_weight": ood_weight,
+        "k": k,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "crop_scale": crop_scale if augment else None,
+        "seed": seed,
+        "class_names": names,
+        "images": {"count": len(source), "fingerprint": source.fingerprint},
+        "backbone": {"spec": backbone.spec, "fingerprint": backbone.fingerprint},
+    }
+    forward = _forward(backbone, class_prompts(template, names) if "prompts" in backbone.capabilities else None)
+    pixels = _pixels(backbone, source, crop_scale if augment else None, seed)
+    targets = labels.to(backbone.device)
+
+    def losses(rows: Tensor, epoch: int) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        global_logits, local_logits = adapters(forward, pixels(rows, epoch))
+        if not (global_logits.isfinite().all() and local_logits.isfinite().all()):
+            return {"loss_id": global_logits.sum() * math.nan}  # the loop says what can be done
+        terms = loss_terms(global_logits, local_logits, targets[rows.to(targets.device)], k=k)
+        # Cells are pooled over the batch, not averaged by image.
+        return {"loss_id": terms.id_loss(), "loss_ood": (ood_weight * terms.negative_entropy.sum(), terms.cells.sum())}
+
+    start = _hash_tensors((f"{name}.{i}", pair[i]) for name, pair in edit.factors.items() for i in (0, 1))
+    history = train(
+        adapters.learned,
+        losses,
+        size=len(source),
+        epochs=_check.integer("epochs", epochs, 1, 2**31),
+        batch_size=_check.integer("batch_size", batch_size, 1, 2**31),
+        optimizer=optimizer,
+        learning_rate=lambda epoch: learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
+        per_step=True,
+        seed=seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        recipe=settings | {"ratios": edit.ratios, "scale": edit.scale, "start": start},
+        progress=progress,
+    )
+    record = edit.record | {"finetune": settings, "history": history}
+    return replace(edit, fingerprint=backbone.fingerprint, factors=adapters.factors(), record=record, folder=None)
+
+
+def _forward(backbone: Backbone, prompts: list[str] | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Pixels -> scaled logits of images and cells; both towers run, with gradients."""
+    with torch.no_grad():
+        words = None if prompts is None else backbone._embed_texts(prompts)
+
+    def texts() -> Tensor | None:
+        if words is None:
+            return None
+        embeddings, end = words
+        x = backbone._add_positions(embeddings)
+        for layer in backbone.layers("text", embeddings.shape[1]):
+            x = layer(x)
+        return text_features(backbone, x, end)
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            x = backbone.embed(backbone._pixels(pixels))
+        for layer in backbone.layers()[:-1]:
+            x = layer(x)
+        return logits(backbone, *image_features(backbone, x), texts())
+
+    return forward
+
+
+def _pixels(
+    backbone: Backbone, source: ImageSource, crop_scale: float | None, seed: int
+) -> Callable[[Tensor, int], Tensor]:
+    if crop_scale is not None:
+        return LiveViews(source, backbone.transform, scale=(crop_scale, 1.0), seed=seed)
+    whole = torch.cat([batch.pixels for batch in load_batches(source, backbone.transform, progress=False)])
+    return lambda rows, epoch: whole[rows]

@@ -1,0 +1,591 @@
+"""The paper's tables on the user's own data: search, train and judge once, beside what was published.
+
+All is kept in OUT/PROTOCOL/BACKBONE: one folder per model ("vanilla", "SeTAR-...", "SeTAR+FT-seed-3-...", the last part
+a digest of how it was made), in it one folder per set of scores or data set of an accuracy.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "PRESETS",
+    "PROTOCOLS",
+    "TABLES",
+    "TRAINING",
+    "Bench",
+    "Model",
+    "architecture",
+    "check",
+    "default_scores",
+    "describe_options",
+    "find",
+    "lines",
+    "preset",
+    "published_rows",
+    "reproduce",
+]
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from ood_core._files import write_json
+from ood_core.backbones.base import Backbone
+from ood_core.data.sources import ImageSource
+from ood_core.detectors import detector_class
+from ood_core.errors import MissingDataError, UsageError, unknown_name
+from ood_core.evaluation import Evaluation, evaluate
+from ood_core.metrics import evaluate_scores
+from ood_core.protocols import Protocol, find_protocol
+
+from ood_setar._published import published_table
+from ood_setar._steps import accuracy, lora_start, new_detector, search_in, train_in
+from ood_setar.edit import SeTAREdit
+from ood_setar.finetune import finetune, lora
+from ood_setar.lists import with_labels
+from ood_setar.search import search
+
+Row = dict[str, Any]
+
+_IMAGENET, _VOC = "setar-imagenet-1k", "setar-voc"
+_CLIP_B, _CLIP_L, _SWIN = "CLIP ViT-B/16", "CLIP ViT-L/14", "SwinV2-B"
+
+TABLES = {
+    1: ("vanilla", "SeTAR"),
+    2: ("LoRA", "SeTAR+FT"),
+    3: ("vanilla", "SeTAR"),
+    4: ("vanilla", "SeTAR", "SeTAR+FT"),
+}
+"""Table -> the methods that we run."""
+
+PROTOCOLS = {1: (_IMAGENET, _VOC), 2: (_IMAGENET,), 3: (_IMAGENET, _VOC), 4: (_IMAGENET,)}
+"""Table -> the protocols that it has figures of."""
+
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    (_CLIP_B, _IMAGENET): {"ood_weight": 0.1, "k": 300, "classes": 1000, "loss_batch": 512},
+    (_CLIP_B, _VOC): {"ood_weight": 0.05, "k": 4, "classes": 14, "loss_batch": 512},
+    (_CLIP_L, _IMAGENET): {"ood_weight": 0.5, "k": 300, "classes": 1000, "loss_batch": 512},
+    (_CLIP_L, _VOC): {"ood_weight": 0.3, "k": 6, "classes": 14, "loss_batch": 512},
+    (_SWIN, _IMAGENET): {"ood_weight": 0.01, "k": 700, "classes": 1000, "loss_batch": 384},
+}
+"""(architecture, protocol) -> the paper's loss; its k is for so many classes."""
+
+TRAINING: dict[str, dict[str, Any]] = {
+    _CLIP_B: {"batch_size": 100, "rank": 32},
+    _CLIP_L: {"batch_size": 20, "rank": 64},
+    _SWIN: {"batch_size": 50, "rank": 112, "crop_scale": 0.08},
+}
+"""Architecture -> batches and crops of the training, and the rank of LoRA."""
+
+# Weights "up" of the towers, inputs of the lowest, width of the embedding, grid of patches.
+_ARCHITECTURES: dict[tuple[Any, ...], str] = {
+    (12, 12, 768, 512, (14, 14)): _CLIP_B,
+    (24, 12, 1024, 768, (16, 16)): _CLIP_L,
+    (24, 0, 128, 1024, (8, 8)): _SWIN,
+}
+
+# With so many ID images the two rules of the FPR95 differ by less than 0.3 points.
+_MANY = 10_000
+
+# What is not an option of a step: it comes from the protocol or the command line.
+_OWN = {"class_names", "template", "seed", "log_file", "resume", "checkpoint", "on_error", "workers", "progress"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone with an edit, or without one.
+
+    Attributes:
+        label: the method.
+        folder: that keeps its edit and its figures.
+        edit: None for the backbone as it is.
+    """
+
+    label: str
+    folder: Path
+    edit: SeTAREdit | None = None
+
+    def on(self, backbone: Backbone) -> Backbone:
+        """The backbone with the edit."""
+        return backbone if self.edit is None else self.edit.apply(backbone)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A backbone on a protocol: makes models and judges them, once.
+
+    Attributes:
+        protocol: the images.
+        backbone: unedited.
+        out: folder of all results.
+        params: options of every step that has them, before the presets.
+        template: prompt of a class.
+        seeds: of what is trained.
+        extraction: for `extract`.
+        edit: of a search made elsewhere.
+        say: tells a person what is being done.
+    """
+
+    protocol: Protocol
+    backbone: Backbone
+    out: Path
+    params: Mapping[str, Any]
+    template: str
+    seeds: Sequence[int]
+    extraction: Mapping[str, Any]
+    edit: SeTAREdit | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    @cached_property
+    def kind(self) -> str | None:
+        """The paper's name of the backbone's architecture."""
+        return architecture(self.backbone)
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The preset and what was given."""
+        return preset(self.kind, self.protocol) | dict(self.params)
+
+    @property
+    def folder(self) -> Path:
+        """Of all results of this backbone on this protocol."""
+        return self.out / self.protocol.name / re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.backbone.spec)
+
+    def train(self) -> ImageSource:
+        """The ID images to search and train on.
+
+        Raises:
+            MissingDataError: they were not found.
+        """
+        if self.protocol.train is None:
+            (error,) = (row.error for row in self.protocol.found if row.name == "train")
+            raise MissingDataError(
+                f"{self.protocol.name} has no training images, on which SeTAR searches: --set train=DIR. {error}"
+            )
+        return self.protocol.train
+
+    # ---- models
+
+    def models(self, label: str) -> list[Model]:
+        """The models of a method: one per seed if it is trained.
+
+        Args:
+            label: "vanilla", "SeTAR", "LoRA" or "SeTAR+FT".
+        """
+        if label == "vanilla":
+            return [Model(label, self.folder / label)]
+        if label == "SeTAR":
+            return [self.searched]
+        return [self.trained(label, seed) for seed in self.seeds]
+
+    @cached_property
+    def searched(self) -> Model:
+        """SeTAR: the edit that was given, that of an earlier search, or that of a new one."""
+        if self.edit is not None:
+            return Model("SeTAR", self.folder / f"SeTAR-given-{_digest(_start(self.edit))}", self.edit)
+        options = {name: value for name, value in options_of(search, self.options).items() if name != "batch_size"}
+        loading = {name: self.extraction[name] for name in ("batch_size", "workers", "on_error")}
+        return self._made("SeTAR", options, partial(search_in, **options, **loading))
+
+    def trained(self, label: str, seed: int) -> Model:
+        """SeTAR+FT on the searched edit, or LoRA."""
+        start = self.searched.edit if label == "SeTAR+FT" else self._lora(seed)
+        assert start is not None
+        options = options_of(finetune, self.options)
+        train = partial(train_in, edit=start, seed=seed, **options)
+        return self._made(f"{label}-seed-{seed}", options | _start(start), train)
+
+    def _lora(self, seed: int) -> SeTAREdit:
+        names = ("kind", "order", *inspect.signature(lora).parameters)
+        return lora_start(self.backbone, seed=seed, **{k: v for k, v in self.options.items() if k in names})
+
+    def _made(self, name: str, settings: Mapping[str, Any], make: Callable[..., SeTAREdit]) -> Model:
+        """A model whose edit is read from its folder, or made there."""
+        digest = _digest({**settings, **self._prompts, **self._weights, "images": self.train().fingerprint})
+        folder = self.folder / f"{name}-{digest}"
+        if (folder / "edit.json").is_file():
+            return Model(name, folder, SeTAREdit.from_pretrained(folder))
+        self.say(f"{self.protocol.name}, {name}: {folder}")
+        return Model(name, folder, make(folder, self.backbone, self.train(), **self._prompts))
+
+    # ---- figures
+
+    def judge(self, model: Model, scores: Sequence[str]) -> dict[str, Any]:
+        """results.json of an evaluation: released FPR95 in "detectors", the standard one in "standard"."""
+        folder = model.folder / "+".join(scores)
+        given = {score: options_of(detector_class(score).__init__, self.params) for score in scores}
+        settings = {**self._weights, **self._prompts, **self._images, "model": model.folder.name, "scores": given}
+
+        def make(settings: dict[str, Any]) -> dict[str, Any]:
+            self.say(f"{self.protocol.name}, {model.label} by {', '.join(scores)}: {folder}")
+            found = self._evaluate(model.on(self.backbone), scores)
+            found.results.update(settings=settings, standard=_standard(found))
+            found.write(folder)
+            return found.results
+
+        found = _kept(folder / "results.json", settings, make)
+        self._tell_failures(model, found["data"])
+        return found
+
+    def accuracies(self, model: Model, labelled: Mapping[str, ImageSource]) -> dict[str, float]:
+        """Share of images whose label is the nearest of all label names, by data set."""
+        edited = cache(lambda: model.on(self.backbone))
+
+        def of_one(name: str, source: ImageSource) -> dict[str, Any]:
+            folder = model.folder / f"accuracy-{name}"
+            settings = {**self._weights, "template": self.template, "model": model.folder.name}
+
+            def make(settings: dict[str, Any]) -> dict[str, Any]:
+                self.say(f"{self.protocol.name}, {model.label}, accuracy on {name}: {folder}")
+                value = accuracy(edited(), source, self.template, **self.extraction)
+                found = {"accuracy": value, "images": len(source), "settings": settings}
+                write_json(folder / "results.json", found)
+                return found
+
+            return _kept(folder / "results.json", settings | {"images": source.fingerprint}, make)
+
+        return {name: of_one(name, source)["accuracy"] for name, source in labelled.items()}
+
+    def _evaluate(self, backbone: Backbone, scores: Sequence[str]) -> Evaluation:
+        """The scores on one backbone; NegLabel's words are chosen with its text tower, edited or not."""
+        names = self.protocol.class_names
+        return evaluate(
+            {score: new_detector(score, backbone, names, self._template(score), self.params) for score in scores},
+            id=self.protocol.test,
+            ood=self.protocol.ood,
+            convention="released",
+            **self.extraction,
+        )
+
+    def _tell_failures(self, model: Model, data: Mapping[str, Any]) -> None:
+        sets = {"id": data["id"], **data["ood"]}
+        if failed := [f"{name} {counts['failures']}" for name, counts in sets.items() if counts["failures"]]:
+            self.say(f"{self.protocol.name}, {model.label}: images without a score: {', '.join(failed)}")
+
+    def _template(self, score: str) -> str | None:
+        """NegLabel has prompts of its own, those of its words."""
+        return None if score == "neg_label" else self.template
+
+    # ---- what results depend on
+
+    @cached_property
+    def _weights(self) -> dict[str, Any]:
+        return {"backbone": self.backbone.fingerprint, "dtype": str(self.backbone.dtype)}
+
+    @property
+    def _prompts(self) -> dict[str, Any]:
+        return {"class_names": self.protocol.class_names, "template": self.template}
+
+    @cached_property
+    def _images(self) -> dict[str, Any]:
+        ood = {name: source.fingerprint for name, source in self.protocol.ood.items()}
+        return {"id": self.protocol.test.fingerprint, "ood": ood}
+
+
+# ---- tables
+
+
+def reproduce(number: int, bench: Bench, scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, Any]:
+    """A table of the paper on one protocol, in percent.
+
+    Args:
+        number: of the table.
+        bench: backbone and images.
+        scores: of Tables 1 to 3.
+        labels: data set -> file of labels, of Table 4.
+
+    Returns:
+        "sets" (the columns) and "rows" with "method", "score", "origin", "sets" and "average", and what they rest on.
+    """
+    labelled = {name: with_labels(_image_set(bench.protocol, name), file) for name, file in labels.items()}
+    models = {label: bench.models(label) for label in TABLES[number]}
+    ours = _accuracy_rows(bench, models, labelled) if number == 4 else _score_rows(bench, models, scores)
+    edit = bench.searched.edit
+    return {
+        "protocol": bench.protocol.name,
+        "id": bench.protocol.title,
+        "backbone": bench.backbone.spec,
+        "architecture": bench.kind,
+        "options": bench.options,
+        "ratios": edit.ratios if edit else {},
+        "sets": list(labelled if number == 4 else bench.protocol.ood),
+        "rows": _beside(ours, published_rows(number, bench.protocol.title, bench.kind, scores)),
+    }
+
+
+def _image_set(protocol: Protocol, name: str) -> ImageSource:
+    known = {protocol.title: protocol.test, **protocol.ood}
+    if name not in known:
+        raise unknown_name(f"image set of {protocol.name!r} with --labels", name, known)
+    return known[name]
+
+
+def _score_rows(bench: Bench, models: Mapping[str, list[Model]], scores: Sequence[str]) -> list[Row]:
+    places = {"released": "detectors"} | ({"standard": "standard"} if len(bench.protocol.test) < _MANY else {})
+    results = {label: [bench.judge(model, scores) for model in runs] for label, runs in models.items()}
+    return [
+        {"score": score, "convention": convention, **_row(bench, label, [run[place][score] for run in runs])}
+        for score in scores
+        for label, runs in results.items()
+        for convention, place in places.items()
+    ]
+
+
+def _accuracy_rows(bench: Bench, models: Mapping[str, list[Model]], labelled: Mapping[str, ImageSource]) -> list[Row]:
+    def figures(found: Mapping[str, float]) -> dict[str, Any]:
+        per_set = {name: {"accuracy": value} for name, value in found.items()}
+        return {"per_set": per_set, "average": {"accuracy": fmean(found.values())}}
+
+    return [
+        _row(bench, label, [figures(bench.accuracies(model, labelled)) for model in runs])
+        for label, runs in models.items()
+    ]
+
+
+def _row(bench: Bench, label: str, runs: Sequence[Mapping[str, Any]]) -> Row:
+    """Means over runs, in percent."""
+    sets = {name: _summary([run["per_set"][name] for run in runs]) for name in runs[0]["per_set"]}
+    return {
+        "method": label,
+        "origin": "ours",
+        "backbone": bench.backbone.spec,
+        "runs": len(runs),
+        "sets": sets,
+        "average": _summary([run["average"] for run in runs]),
+    }
+
+
+def _summary(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    found = {}
+    for measure in (name for name in _MEASURES if name in figures[0]):
+        values = [100 * figure[measure] for figure in figures]
+        found[measure] = fmean(values)
+        if len(values) > 1:
+            found[f"{measure}_std"] = stdev(values)
+    return found
+
+
+_MEASURES = ("fpr95", "auroc", "accuracy")
+
+
+def published_rows(number: int, title: str, kind: str | None, scores: Sequence[str]) -> list[Row]:
+    """The paper's rows of an ID set, in the form of ours.
+
+    Args:
+        number: of the table.
+        title: the ID set.
+        kind: architecture whose rows are taken; if the table has none of it, all are.
+        scores: those wanted.
+    """
+    rows = [row for row in published_table(number)["rows"] if row["id"] == title]
+    rows = [row for row in rows if row["backbone"] == kind] or rows
+    return [one for row in rows for one in _plain_rows(row) if one.get("score") in (None, *scores)]
+
+
+def _plain_rows(row: Row) -> list[Row]:
+    """One row per method and score, whatever the table's form."""
+    origin = "published" + (f", {row['origin']}" if row.get("origin") else "")
+    common = {"origin": origin, "backbone": row["backbone"]}
+    if "accuracy" in row:
+        sets = {name: {"accuracy": value} for name, value in row["accuracy"].items()}
+        return [{"method": row["method"], **common, "sets": sets, "average": {"accuracy": row["average"]}}]
+    common |= {"convention": "released"}
+    if "ood" in row:
+        named = {"score": row["score"], "method": row["method"]}
+        return [{**named, **common, "sets": row["ood"], "average": row["average"]}]
+    if "scores" in row:
+        figures = [(score, row["method"], average) for score, average in row["scores"].items()]
+    else:
+        figures = [(row["score"], method, average) for method, average in row["average"].items()]
+    return [{"score": s, "method": m, **common, "sets": {}, "average": average} for s, m, average in figures]
+
+
+def _beside(ours: Sequence[Row], published: Sequence[Row]) -> list[Row]:
+    """By score and method, ours first; methods that we do not run last."""
+    scores, methods = ([*dict.fromkeys(row.get(name) for row in ours)] for name in ("score", "method"))
+
+    def place(row: Row) -> tuple[int, int]:
+        method = methods.index(row["method"]) if row["method"] in methods else len(methods)
+        return scores.index(row.get("score")), method
+
+    return sorted([*ours, *published], key=place)
+
+
+def lines(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of `reproduce` to print."""
+    columns, kind = result["sets"], result["architecture"]
+    measures = [name for name in _MEASURES if name in result["rows"][0]["average"]]
+    what = " / ".join({"fpr95": "FPR95", "auroc": "AUROC"}.get(name, name) for name in measures)
+    rows = []
+    for row in result["rows"]:
+        comparable = set(row["sets"]) <= set(columns)
+        figures = [*(row["sets"].get(name) for name in columns), row["average"] if comparable else None]
+        rows.append([_name(row, kind), *(_cell(figure, measures) for figure in figures)])
+    return [f"{result['id']}, {result['backbone']}: {what}", *columns, "average"], rows
+
+
+def _name(row: Row, kind: str | None) -> str:
+    parts = [row.get("score"), row["method"], row["origin"]]
+    if row.get("convention") == "standard":
+        parts.append("standard FPR95")
+    if row["origin"] != "ours" and row["backbone"] != kind:
+        parts.append(row["backbone"])
+    return ", ".join(part for part in parts if part)
+
+
+def _cell(figure: Mapping[str, float] | None, measures: Sequence[str]) -> str:
+    if figure is None:
+        return ""
+    spreads = {name: f"+-{figure[f'{name}_std']:.2f}" if f"{name}_std" in figure else "" for name in measures}
+    return " / ".join(f"{figure[name]:.2f}{spreads[name]}" for name in measures)
+
+
+# ---- what is run
+
+
+def architecture(backbone: Backbone) -> str | None:
+    """The paper's name for a backbone of this shape, whatever its weights; None if the paper has none like it."""
+    ups = [name for name in backbone.linears() if name.endswith(".up")]
+    if not ups:
+        return None
+    inputs = backbone.linear(ups[0]).weight.shape[1]
+    depths = (sum(name.startswith(f"{tower}.") for name in ups) for tower in ("visual", "text"))
+    return _ARCHITECTURES.get((*depths, inputs, backbone.width, backbone.grid))
+
+
+def preset(kind: str | None, protocol: Protocol) -> dict[str, Any]:
+    """The paper's options of search and training for an architecture on a protocol; empty if it has none.
+
+    Args:
+        kind: of `architecture`.
+        protocol: with fewer classes than the paper's, the paper's `k` is left out.
+    """
+    loss = dict(PRESETS.get((kind or "", protocol.name), {}))
+    if loss.pop("classes", None) != len(protocol.class_names):
+        loss.pop("k", None)
+    return TRAINING.get(kind or "", {}) | loss
+
+
+def default_scores(number: int, backbone: Backbone) -> list[str]:
+    """The scores of a table for a backbone: those that the paper has for its architecture, else all it allows."""
+    if number == 4:
+        return []
+    if "prompts" not in backbone.capabilities:
+        return ["msp", "energy"]
+    if number != 3:
+        return ["mcm", "gl_mcm"]
+    kind = architecture(backbone)
+    scores = [row["score"] for row in published_table(3)["rows"] if row["backbone"] == kind]
+    return list(dict.fromkeys(scores)) or ["mcm", "gl_mcm", "neg_label"]
+
+
+def find(names: Iterable[str], root: str, *, skip: bool, say: Callable[[str], None], **options: Any) -> list[Protocol]:
+    """The protocols on this disk.
+
+    Args:
+        names: of protocols.
+        root: the folder with all data.
+        skip: leave out those that are not there, as long as one is.
+        say: told of what is left out.
+        **options: of `find_protocol`.
+
+    Raises:
+        MissingDataError: none is there, or not all.
+    """
+    found, missing = [], []
+    for name in names:
+        try:
+            found.append(find_protocol(name, root, **options))
+        except MissingDataError as error:
+            missing.append(f"{name} is not complete: {error}")
+    if missing and not (found and skip):
+        raise MissingDataError(" ".join(missing))
+    for sentence in missing:
+        say(f"Left out: {sentence}")
+    return found
+
+
+def check(number: int, bench: Bench, scores: Sequence[str]) -> None:
+    """Find mistakes before hours are spent.
+
+    Raises:
+        UsageError: an option that no step has, or a classifier of other classes.
+        MissingDataError: no images to search on.
+    """
+    known = [*options_of(search), *options_of(finetune), *options_of(lora)]
+    known += [name for score in scores for name in detector_class(score)._option_names() if name not in _OWN]
+    for name in bench.params:
+        if name not in known:
+            raise unknown_name("option of search, finetune, lora or the scores", name, sorted(set(known)))
+    if bench.edit is None or set(TABLES[number]) - {"vanilla", "SeTAR"}:
+        bench.train()
+    if "prompts" not in bench.backbone.capabilities:
+        _check_classes(bench)
+
+
+def _check_classes(bench: Bench) -> None:
+    blank = torch.zeros(1, 3, *bench.backbone.transform.crop)
+    outputs, classes = bench.backbone.encode_logits(blank).shape[1], len(bench.protocol.class_names)
+    if outputs != classes:
+        raise UsageError(
+            f"{bench.backbone.spec!r} tells {outputs} classes apart, {bench.protocol.name} has {classes}: choose with "
+            "--protocol the one of its classes, or a backbone with a text tower."
+        )
+
+
+def describe_options(bench: Bench) -> str:
+    """A sentence on where the options come from."""
+    own = (bench.kind, bench.protocol.name) in PRESETS
+    source = f"the paper's options for {bench.kind}" if own else "the paper has no options for this, so our defaults"
+    options = {"k": "0.3 C"} | bench.options
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"{bench.backbone.spec} on {bench.protocol.title}: {source}; {given}"
+
+
+def options_of(function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Those of the options that a function has as keywords; without options, all of its own with their defaults."""
+    keywords = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in _OWN
+    }
+    return keywords if options is None else {name: value for name, value in options.items() if name in keywords}
+
+
+# ---- what is kept
+
+
+def _kept(file: Path, settings: Mapping[str, Any], make: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds if it was made with these settings, else what `make` writes there."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("settings") == plain:
+            return found
+    return make(plain)
+
+
+def _standard(found: Evaluation) -> dict[str, Any]:
+    """The figures by the standard rule, from the scores of an evaluation by another."""
+    table, sets = found.scores, list(found.results["data"]["ood"])
+    return {
+        name: evaluate_scores(table.scores(name, "id"), {one: table.scores(name, one) for one in sets}).to_dict()
+        for name in table.detectors
+    }
+
+
+def _start(edit: SeTAREdit) -> dict[str, Any]:
+    """What an edit is, without its factors (LoRA's come from its seed)."""
+    lora_record = edit.record.get("lora")
+    return {"start": {"ratios": edit.ratios, "drop": edit.drop, "seed": edit.seed, "lora": lora_record}}
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
