@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,13 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 Make = Callable[[Backbone, ImageSource, Path], SeTAREdit]
 
 
-def settings(shots: list[int], which: list[str]) -> dict[str, tuple[int, int, Make]]:
+def settings(shots: list[int], which: list[str], seeds: Sequence[int] = ()) -> dict[str, tuple[int, int, Make]]:
     """Label -> shots, seed and how the edit is made; fine-tuning starts from the search of the same shots."""
     found: dict[str, tuple[int, int, Make]] = {}
     for count in shots if "main" in which else ():
         found[f"SeTAR, {count} per class"] = (count, 1, lambda b, s, f: search(b, s, log_file=f / "search.jsonl"))
     count = shots[-1]
-    for seed in (3, 4, 5) if "finetune" in which else ():
+    for seed in seeds if "finetune" in which else ():
         found[f"SeTAR+FT, {count} per class, seed {seed}"] = (count, 1, _tuned(seed, lora_rank=None))
         found[f"LoRA, {count} per class, seed {seed}"] = (count, 1, _tuned(seed, lora_rank=32))
     for label, options in VARIATIONS.items() if "variations" in which else ():
@@ -146,7 +146,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 10])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="of the fine-tuning")
     parser.add_argument("--which", nargs="+", default=["main", "finetune", "variations"])
+    parser.add_argument("--resume", action="store_true", help="add to the runs in --out")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     backbone = create_backbone(args.backbone, dtype="float32")
@@ -154,9 +156,10 @@ def main() -> int:
     fit, _ = split_classes(ParquetImages(args.packs / "tiny-imagenet.parquet", split="fit"))
     names, every = fit.label_names, SCORES | NEG_LABEL
     sets = Sets(backbone, args.packs)
-    runs = {"vanilla": _kept(work / "vanilla", lambda _: {"scores": judge(backbone, sets, names, every)})}
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() and args.resume else {}
+    runs["vanilla"] = _kept(work / "vanilla", lambda _: {"scores": judge(backbone, sets, names, every)})
     main_runs = settings(args.shots, ["main"])
-    for label, (shots, seed, make) in settings(args.shots, args.which).items():
+    for label, (shots, seed, make) in settings(args.shots, args.which, args.seeds).items():
         train = FewShot(fit, shots, seed)
 
         def run(folder: Path, label: str = label, make: Make = make, train: ImageSource = train) -> dict[str, Any]:

@@ -64,6 +64,25 @@ class Regression:
         return torch.cat([value.detach().flatten() for value in self.parameters.values()])
 
 
+def test_a_pair_counts_as_the_quotient_over_the_batch():
+    class Pooled(Regression):
+        """Squares of even rows, averaged over these; 0 in a batch without one."""
+
+        pair = True
+
+        def losses(self, rows, epoch):
+            even = rows % 2 == 0
+            squares = (self.x[rows] @ self.parameters["weight"]).square()[:, 0]
+            total, count = squares[even].sum(), even.sum()
+            return {"even": (total, count) if self.pair else total / max(1, count.item())}
+
+    for batch_size in (1, 4):
+        ours, plain = Pooled(), Pooled()
+        plain.pair = False
+        assert ours.train(batch_size=batch_size) == plain.train(batch_size=batch_size)
+        assert torch.equal(ours.values, plain.values)
+
+
 @optimizers
 def test_it_is_the_plain_loop(optimizer):
     ours, plain = Regression(), Regression()

@@ -178,6 +178,8 @@ class SeTAR(Detector):
             UsageError: an unknown option.
         """
         super().set_params(**params)
+        if not params:
+            return self
         edit, self.edit, self._inner = self.edit, None, self._new_inner(self.class_names)
         if self._original is not None:
             self._backbone_record = {}
