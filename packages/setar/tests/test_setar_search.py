@@ -787,11 +787,19 @@ def test_a_log_of_other_images_or_of_another_backbone_or_no_log_is_refused(make,
     for backbone, source in ((clip, make.photos(LABELS, seed=1)), (make.clip(seed=1), photos)):
         with pytest.raises(UsageError, match="log of another search"):
             search(backbone, source, log_file=log, **OPTIONS)
-    for text in ("", "no log\n", '{"search": {}}\n', "[1, 2]\n"):
+    for text in ("no log\n", '{"search": {}}\n', "[1, 2]\n"):
         log.write_text(text)
         with pytest.raises(UsageError, match="log of another search"):
             search(clip, photos, log_file=log, **OPTIONS)
         assert log.read_text() == text
+
+
+def test_an_empty_log_is_one_that_was_killed_before_its_first_line(clip, photos, tmp_path):
+    log, whole = tmp_path / "log.jsonl", tmp_path / "whole.jsonl"
+    log.touch()
+    edit = search(clip, photos, log_file=log, **OPTIONS)
+    assert edit.record == search(clip, photos, log_file=whole, **OPTIONS).record
+    assert log.read_text() == whole.read_text()
 
 
 def test_batches_and_memory_may_differ_between_the_runs_of_a_log(clip, photos, tmp_path):

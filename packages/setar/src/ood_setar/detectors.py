@@ -56,7 +56,7 @@ class SeTAR(Detector):
     capabilities = frozenset({"image", "local", "text", "prompts", "blocks"})
     remedy = "call fit(images) with about one labelled ID image per class or more"
     fits_on_images = True
-    # Few classes and images: larger steps find the same and take a quarter of the time.
+    # Three ratios of the image tower take seconds.
     demo_options: ClassVar[Mapping[str, Any]] = {"ratios": [0.0, 0.1, 0.4], "order": "visual_only"}
 
     def __init__(

@@ -156,12 +156,12 @@ class Backbone(ABC):
 
     # ---- what an adapter provides
 
-    @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """Input tokens of the first block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
 
-        A network without known blocks gives the image embedding.
+        A network without known blocks gives the image embedding. An adapter that overrides `prefix` needs no `embed`.
         """
+        raise self._lacks("blocks")
 
     def layers(self, tower: str = "visual", length: int | None = None) -> list[Layer]:
         """The blocks of a tower, bottom first; none where they are not known.
