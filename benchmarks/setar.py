@@ -140,6 +140,21 @@ def judge(backbone: Backbone, sets: Sets, class_names: list[str], scores: dict[s
     return found
 
 
+def minor_energy(backbone: Backbone, share: float = 0.4) -> dict[str, list[float]]:
+    """Share of the squared singular values in the smallest `share` of them: of every weight, and of a random one."""
+
+    def energy(weight: torch.Tensor) -> float:
+        squares = torch.linalg.svdvals(weight.double()).square()
+        return (squares[-round(share * len(squares)) :].sum() / squares.sum()).item()
+
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in visiting_order(backbone.linears()):
+        weight = backbone.linear(name).weight
+        found[name] = [energy(weight), energy(torch.randn(weight.shape, generator=generator))]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=Path, required=True, help="folder with the parquet packs")
@@ -158,6 +173,7 @@ def main() -> int:
     sets = Sets(backbone, args.packs)
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() and args.resume else {}
     runs["vanilla"] = _kept(work / "vanilla", lambda _: {"scores": judge(backbone, sets, names, every)})
+    energy = minor_energy(backbone)
     main_runs = settings(args.shots, ["main"])
     for label, (shots, seed, make) in settings(args.shots, args.which, args.seeds).items():
         train = FewShot(fit, shots, seed)
@@ -178,7 +194,8 @@ def main() -> int:
         near, far = (runs[label]["scores"]["mcm"][key] for key in ("per_set", "far_mean"))
         print(f"{label}: near {near['near']['auroc']:.4f}, far {far['auroc']:.4f}, {runs[label]['ratios']}", flush=True)
         about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
-        write_json(args.out, {"protocol": "tiny-imagenet-100", "runs": runs, "environment": about})
+        found = {"protocol": "tiny-imagenet-100", "runs": runs, "minor_energy": energy, "environment": about}
+        write_json(args.out, found)
     return 0
 
 
