@@ -53,17 +53,17 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 Make = Callable[[Backbone, ImageSource, Path], SeTAREdit]
 
 
-def settings(shots: list[int], which: list[str], seeds: Sequence[int] = ()) -> dict[str, tuple[int, int, Make]]:
-    """Label -> shots, seed and how the edit is made; fine-tuning starts from the search of the same shots."""
-    found: dict[str, tuple[int, int, Make]] = {}
+def settings(shots: list[int], which: list[str], seeds: Sequence[int] = ()) -> dict[str, tuple[int, Make]]:
+    """Label -> shots and how the edit is made; fine-tuning starts from the search of the same shots."""
+    found: dict[str, tuple[int, Make]] = {}
     for count in shots if "main" in which else ():
-        found[f"SeTAR, {count} per class"] = (count, 1, lambda b, s, f: search(b, s, log_file=f / "search.jsonl"))
+        found[f"SeTAR, {count} per class"] = (count, lambda b, s, f: search(b, s, log_file=f / "search.jsonl"))
     count = shots[-1]
     for seed in seeds if "finetune" in which else ():
-        found[f"SeTAR+FT, {count} per class, seed {seed}"] = (count, 1, _tuned(seed, lora_rank=None))
-        found[f"LoRA, {count} per class, seed {seed}"] = (count, 1, _tuned(seed, lora_rank=32))
+        found[f"SeTAR+FT, {count} per class, seed {seed}"] = (count, _tuned(seed, lora_rank=None))
+        found[f"LoRA, {count} per class, seed {seed}"] = (count, _tuned(seed, lora_rank=32))
     for label, options in VARIATIONS.items() if "variations" in which else ():
-        found[f"variation: {label}"] = (count, 1, _varied(options))
+        found[f"variation: {label}"] = (count, _varied(options))
     return found
 
 
@@ -175,8 +175,8 @@ def main() -> int:
     runs["vanilla"] = _kept(work / "vanilla", lambda _: {"scores": judge(backbone, sets, names, every)})
     energy = minor_energy(backbone)
     main_runs = settings(args.shots, ["main"])
-    for label, (shots, seed, make) in settings(args.shots, args.which, args.seeds).items():
-        train = FewShot(fit, shots, seed)
+    for label, (shots, make) in settings(args.shots, args.which, args.seeds).items():
+        train = FewShot(fit, shots, seed=1)
 
         def run(folder: Path, label: str = label, make: Make = make, train: ImageSource = train) -> dict[str, Any]:
             started = time.perf_counter()

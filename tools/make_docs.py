@@ -190,6 +190,7 @@ def setar(results: dict) -> str:
             path = " to ".join(f"{value:.4f}" for value in run["search"])
             chosen.append([label, dropped, path, f"{run['near_ties']}"])
     backbone = results["environment"]["backbone"]
+    words = results["runs"]["vanilla"]["scores"]["neg_label"]["params"]["max_words"]
     energies = [
         [name, f"{100 * ours:.1f}", f"{100 * other:.1f}"] for name, (ours, other) in results["minor_energy"].items()
     ]
@@ -197,7 +198,7 @@ def setar(results: dict) -> str:
 
 Protocol `tiny-imagenet-100`, backbone `{backbone["spec"]}` (fingerprint `{backbone["fingerprint"][:12]}`):
 AUROC / FPR95 in percent, with and without an edit that was searched on images of the split `fit`; the average is over
-the near and eight far sets. NegLabel takes 4,000 words of each of its lists.
+the near and the far sets. NegLabel takes {words:,} words of each of its lists.
 
 {table(["backbone", "score", "near", "far mean", "average", "accuracy"], rows)}
 What was dropped, the value of the search from the original weights to the end, and decisions within float32's noise:

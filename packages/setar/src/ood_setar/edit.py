@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from ood_core import _check
 from ood_core._files import write_atomically, write_json
-from ood_core.backbones.base import Backbone, _hash_tensors
+from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.errors import DataError, MissingDataError, UsageError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -129,7 +129,7 @@ class SeTAREdit:
             done += [self.seed] * (self.drop == "random") + [self.scale] * (name in self.factors)
             factors = zip("BA", self.factors.get(name, ()), strict=False)
             original, _ = backbone._edits[name]
-            backbone._edits[name] = (original, _hash_tensors(factors, json.dumps(done)))
+            backbone._edits[name] = (original, hash_tensors(factors, json.dumps(done)))
 
     def _check(self, backbone: Backbone) -> None:
         if backbone._edits:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from ood_core import _check
-from ood_core.backbones.base import Backbone, _hash_tensors
+from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data import load_batches, open_source
 from ood_core.data.augment import LiveViews
 from ood_core.data.sources import ImageSource
@@ -226,7 +226,7 @@ def finetune(
         # Cells are pooled over the batch, not averaged by image.
         return {"loss_id": terms.id_loss(), "loss_ood": (ood_weight * terms.negative_entropy.sum(), terms.cells.sum())}
 
-    start = _hash_tensors((f"{name}.{i}", pair[i]) for name, pair in edit.factors.items() for i in (0, 1))
+    start = hash_tensors((f"{name}.{i}", pair[i]) for name, pair in edit.factors.items() for i in (0, 1))
     history = train(
         adapters.learned,
         losses,

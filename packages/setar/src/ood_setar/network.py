@@ -171,8 +171,9 @@ class Network:
             self.towers = {"visual": Tower(backbone.layers(), first, self._finish_images, **options)}
             if prompts is not None:
                 self.towers["text"] = self._text_tower(list(prompts), options)
-            self._features = {name: tower.outputs() for name, tower in self.towers.items()}
-        self._stale: dict[str, int] = {}
+        self._features: dict[str, Outputs] = {}
+        # From which layer on a tower's features are to be computed when they are next asked for.
+        self._stale = {name: max(tower.kept) for name, tower in self.towers.items()}
 
     def __len__(self) -> int:
         return len(self.towers["visual"])

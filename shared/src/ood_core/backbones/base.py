@@ -24,7 +24,7 @@ from ood_core.backbones.linear import NamedLinear
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError, unknown_name
 
-__all__ = ["FEATURES", "Backbone", "BlockParts", "Layer", "identity"]
+__all__ = ["FEATURES", "Backbone", "BlockParts", "Layer", "hash_tensors", "identity"]
 
 FEATURES = ("image", "local", "logits")
 
@@ -148,7 +148,7 @@ class Backbone(ABC):
         self.spec = spec
         self.model: Any = model.eval().requires_grad_(False)
         self.transform = transform
-        self._hash = _hash_tensors(model.state_dict().items(), repr(model))
+        self._hash = hash_tensors(model.state_dict().items(), repr(model))
         self._edits: dict[str, tuple[str, str]] = {}  # name -> hashes of the original and the edited weight
         self._texts: dict[str, Tensor] = {}
         self._words: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -476,8 +476,8 @@ class Backbone(ABC):
             yield NamedLinear(f"{tower}.{layer}.{kind}", parameter, rows, on_change=self._record_edit)
 
     def _record_edit(self, linear: NamedLinear, before: Tensor) -> None:
-        now = _hash_tensors([(linear.name, linear.weight)])
-        original, _ = self._edits.get(linear.name) or (_hash_tensors([(linear.name, before)]), "")
+        now = hash_tensors([(linear.name, linear.weight)])
+        original, _ = self._edits.get(linear.name) or (hash_tensors([(linear.name, before)]), "")
         self._edits[linear.name] = (original, now)
         if now == original:
             del self._edits[linear.name]
@@ -529,7 +529,8 @@ def _text_list(texts: Sequence[str], *, empty: bool = False) -> list[str]:
     return list(texts)
 
 
-def _hash_tensors(named: Iterable[tuple[str, Tensor]], architecture: str = "") -> str:
+def hash_tensors(named: Iterable[tuple[str, Tensor]], architecture: str = "") -> str:
+    """sha256 (hex) of named tensors, their shapes and types, and of a text that belongs to them."""
     digest = hashlib.sha256(architecture.encode())
     for name, tensor in named:
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
