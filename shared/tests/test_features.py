@@ -14,6 +14,7 @@ from ood_core import features as module
 from ood_core.data import ImageFolder, scenes
 from ood_core.errors import DataError, ImageError, UsageError
 from ood_core.features import FeatureSet, extract
+from PIL import Image
 
 
 @pytest.fixture
@@ -196,3 +197,37 @@ def test_rows_of_a_feature_set(clustered):
         whole[[500]]
     with pytest.raises(ValueError, match="image has 2 rows for 3 ids"):
         FeatureSet(ids=["a", "b", "c"], image=torch.eye(2))
+
+
+def _with_mean(backbone, key="mean"):
+    return backbone.with_features(["mean"], lambda x: {"mean": x.mean((2, 3)).half()}, key)
+
+
+def test_features_of_a_method_are_extracted_cached_and_indexed_as_the_others(small_backbone, tmp_path):
+    images = [Image.new("RGB", (64, 64), (20 * i, 0, 0)) for i in range(7)]
+    wide = _with_mean(small_backbone)
+    first = extract(wide, images, {"image", "mean"}, cache=tmp_path, batch_size=3)
+    again = extract(wide, images, {"image", "mean"}, cache=tmp_path, batch_size=3)
+    pixels = torch.stack([small_backbone.transform(image) for image in images])
+    assert torch.equal(first.extra["mean"], pixels.mean((2, 3)).half())
+    assert torch.equal(first.get("mean"), again.get("mean"))
+    assert first.get("local") is None
+    assert torch.equal(first.image, extract(small_backbone, images, {"image"}, batch_size=3).image)
+    assert torch.equal(first[[5, 2]].extra["mean"], first.extra["mean"][[5, 2]])
+    assert torch.equal(first[2:4].get("mean"), first.extra["mean"][2:4])
+    joined = type(first).concatenate([first[:3], first[3:]])
+    assert torch.equal(joined.get("mean"), first.get("mean"))
+    assert joined.ids == first.ids
+
+
+def test_a_feature_of_a_method_belongs_to_the_fingerprint_and_to_its_backbone_alone(small_backbone):
+    wide = _with_mean(small_backbone)
+    assert len({small_backbone.fingerprint, wide.fingerprint, _with_mean(small_backbone, "other").fingerprint}) == 3
+    assert wide.model is small_backbone.model
+    with pytest.raises(UsageError, match="'mean'"):
+        small_backbone.encode(torch.zeros(1, 3, *small_backbone.transform.crop), {"mean"})
+    with pytest.raises(ValueError, match="already"):
+        _with_mean(wide)
+    with pytest.raises(ValueError, match="'image' already"):
+        small_backbone.with_features(["image"], lambda x: {}, "x")
+    assert set(wide.encode(torch.zeros(1, 3, *small_backbone.transform.crop), {"mean"})) == {"mean"}

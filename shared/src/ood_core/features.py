@@ -41,6 +41,7 @@ class FeatureSet:
         image: float32 [N, d] unit norm, or None.
         local: float32 [N, P, d] unit norm in row-major order of `grid`, or None.
         logits: float32 [N, C] of the backbone's classifier head, or None.
+        extra: features that a method added (`Backbone.with_features`), by name, N rows each.
         failures: (id, reason) of every image without features.
         grid: patches (rows, columns).
         backbone: spec of the backbone.
@@ -59,6 +60,7 @@ class FeatureSet:
     image: Any = None
     local: Any = None
     logits: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     grid: tuple[int, int] | None = None
     backbone: str = ""
@@ -66,13 +68,25 @@ class FeatureSet:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("labels", *FEATURES):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.ids):
+        for name, value in self._columns().items():
+            if len(value) != len(self.ids):
                 raise ValueError(f"{name} has {len(value)} rows for {len(self.ids)} ids.")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def get(self, name: str) -> Any:
+        """A feature by name, added ones too; None if it is not there."""
+        return self._columns().get(name)
+
+    def _columns(self) -> dict[str, Any]:
+        """Whatever has a row per image, by name."""
+        own = {name: value for name in ("labels", *FEATURES) if (value := getattr(self, name)) is not None}
+        return own | self.extra
+
+    def _with_columns(self, columns: dict[str, Any], **others: Any) -> FeatureSet:
+        own = {name: value for name, value in columns.items() if name not in self.extra}
+        return replace(self, extra={name: columns[name] for name in self.extra}, **own, **others)
 
     def __getitem__(self, indices: slice | Sequence[int] | np.ndarray | Tensor) -> FeatureSet:
         """The rows at `indices` (a slice, integers or a boolean mask); failures stay with the whole set.
@@ -86,18 +100,18 @@ class FeatureSet:
         rows = np.arange(len(self))[indices.numpy() if isinstance(indices, Tensor) else indices]
         # A slice keeps tensors as views (of a memory map, too); other indices copy.
         pick: Any = indices if isinstance(indices, slice) else torch.from_numpy(rows)
-        chosen = {name: getattr(self, name)[pick] for name in ("labels", *FEATURES) if getattr(self, name) is not None}
-        return replace(self, ids=[self.ids[row] for row in rows], failures=[], **chosen)
+        chosen = {name: value[pick] for name, value in self._columns().items()}
+        return self._with_columns(chosen, ids=[self.ids[row] for row in rows], failures=[])
 
     @classmethod
     def concatenate(cls, parts: Sequence[FeatureSet]) -> FeatureSet:
         """The parts of one source, in order, as one set; a single part with features stays a memory map."""
         filled = [part for part in parts if len(part)] or parts[:1]
-        columns: dict[str, Any] = {name: [getattr(part, name) for part in filled] for name in ("labels", *FEATURES)}
-        columns = {name: _concatenated(values) for name, values in columns.items() if values[0] is not None}
-        columns["ids"] = [image_id for part in filled for image_id in part.ids]
-        columns["failures"] = [failure for part in parts for failure in part.failures]
-        return replace(filled[0], **columns)
+        tables = [part._columns() for part in filled]
+        columns = {name: _concatenated([table[name] for table in tables]) for name in tables[0]}
+        ids = [image_id for part in filled for image_id in part.ids]
+        failures = [failure for part in parts for failure in part.failures]
+        return filled[0]._with_columns(columns, ids=ids, failures=failures)
 
 
 def extract(
@@ -118,7 +132,7 @@ def extract(
     Args:
         backbone: from `create_backbone`.
         source: an image source, a folder, a manifest, "FILE.parquet[:split]" or a list of PIL images.
-        needs: of "image", "local", "logits".
+        needs: of "image", "local", "logits" and what the backbone was given `with_features`.
         cache: folder that keeps the features, under a key of everything they depend on; None keeps nothing.
         resume: use what the cache holds; a killed run goes on where it stopped and ends bit-identical.
         on_error: "raise" at the first image that cannot be decoded, or "record" it and go on.
@@ -257,6 +271,7 @@ def _batches(rows: range, size: int) -> list[list[int]]:
 def _feature_set(backbone: Backbone, source: ImageSource, rows: range, shard: _Shard) -> FeatureSet:
     failures = dict(shard.failures)
     good = [row for row in rows if row not in failures]
+    own = {name: value for name, value in shard.tensors.items() if name in FEATURES}
     return FeatureSet(
         ids=[source.ids[row] for row in good],
         labels=None if source.labels is None else torch.as_tensor(source.labels)[good],
@@ -266,7 +281,8 @@ def _feature_set(backbone: Backbone, source: ImageSource, rows: range, shard: _S
         backbone=backbone.spec,
         fingerprint=backbone.fingerprint,
         source=source.fingerprint,
-        **shard.tensors,
+        extra={name: value for name, value in shard.tensors.items() if name not in own},
+        **own,
     )
 
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -112,6 +112,8 @@ class Layer:
         return self.block(self.enter(x))
 
 
+_ExtraFeatures = Callable[[Tensor], Mapping[str, Tensor]]
+
 # Prompts per text pass: enough to fill a processor, few enough to be of like length.
 _PROMPTS = 64
 
@@ -153,6 +155,7 @@ class Backbone(ABC):
         self._texts: dict[str, Tensor] = {}
         self._words: dict[Any, tuple[Tensor, Tensor]] = {}
         self._prompt_chunk = 256
+        self._extra: dict[str, tuple[_ExtraFeatures, str]] = {}  # name -> (what computes it, what it depends on)
 
     # ---- what an adapter provides
 
@@ -231,6 +234,43 @@ class Backbone(ABC):
         twin = self._twin(copy.deepcopy(self.model))
         twin._hash, twin._edits = self._hash, dict(self._edits)
         twin.logit_scale = self.logit_scale  # read before the weights were rounded
+        # Features that a method adds are computed from the original's weights: the copy goes without them.
+        return twin
+
+    def with_features(
+        self,
+        names: Collection[str],
+        compute: Callable[[Tensor], Mapping[str, Tensor]],
+        key: str,
+        *,
+        transform: ImageTransform | None = None,
+    ) -> Self:
+        """This backbone, weights shared, with features that a method adds to "image", "local" and "logits".
+
+        They are extracted, cached and handed to detectors as the others are: `extract(backbone, source, {"tiles"})`,
+        `features.extra["tiles"]`.
+
+        Args:
+            names: of the features.
+            compute: transformed images [B, 3, H, W] on the backbone's device, in the precision they were given in ->
+                a tensor with B rows for every name.
+            key: says all that the features depend on besides the backbone; part of the `fingerprint`.
+            transform: in place of the backbone's own.
+
+        Raises:
+            ValueError: a name that is taken.
+
+        Example:
+            >>> from ood_core import create_backbone
+            >>> bright = create_backbone("tiny").with_features(["mean"], lambda x: {"mean": x.mean((2, 3))}, "mean")
+            >>> bright.encode(torch.zeros(2, 3, 64, 64), {"mean"})["mean"].shape
+            torch.Size([2, 3])
+        """
+        if taken := set(names) & {*FEATURES, *self._extra}:
+            raise ValueError(f"This backbone has a feature {sorted(taken)[0]!r} already: give another name.")
+        twin = copy.copy(self)
+        twin._extra = self._extra | dict.fromkeys(names, (compute, key))
+        twin.transform = transform or self.transform
         return twin
 
     def _twin(self, model: nn.Module) -> Self:
@@ -270,12 +310,13 @@ class Backbone(ABC):
 
         Args:
             x: transformed images [B, 3, H, W] on any device.
-            needs: of "image", "local", "logits".
+            needs: of "image", "local", "logits" and what `with_features` added.
             local: "value" (value path of the last block) or "tokens" (its plain output tokens).
             normalize: unit-norm image and local features.
 
         Returns:
-            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C].
+            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C]; added features as
+            they are computed.
 
         Raises:
             UsageError: a need the backbone does not have; the message names backbones that do.
@@ -284,9 +325,14 @@ class Backbone(ABC):
         needs = self.check_needs(needs)
         if local not in ("value", "tokens"):
             raise ValueError(f"local={local!r} must be 'value' or 'tokens'.")
-        tokens = self.prefix(self._pixels(x))
+        pixels = self._pixels(x)
         out: dict[str, Tensor] = {}
-        full = tokens if needs == {"local"} and local == "value" else self._run_last_block(tokens)
+        for compute, _ in {self._extra[name] for name in needs & set(self._extra)}:
+            out |= {name: value for name, value in compute(x.to(self.device)).items() if name in needs}
+        if not needs & set(FEATURES):
+            return out
+        tokens = self.prefix(pixels)
+        full = tokens if needs & set(FEATURES) == {"local"} and local == "value" else self._run_last_block(tokens)
         if "image" in needs or "logits" in needs:
             embedding = self._image_embedding(full)
             if "image" in needs:
@@ -486,7 +532,8 @@ class Backbone(ABC):
     def fingerprint(self) -> str:
         """sha256 (hex) of architecture and weights; changes with an edit and returns when it is undone."""
         edits = sorted((name, now) for name, (_, now) in self._edits.items())
-        return hashlib.sha256(json.dumps([self._hash, edits]).encode()).hexdigest()
+        added = [sorted({key for _, key in self._extra.values()})] if self._extra else []
+        return hashlib.sha256(json.dumps([self._hash, edits, *added]).encode()).hexdigest()
 
     # ---- capabilities
 
@@ -496,9 +543,10 @@ class Backbone(ABC):
         Raises:
             UsageError: an unknown feature, or one the backbone does not have.
         """
-        if unknown := set(needs) - set(FEATURES):
-            raise unknown_name("feature", sorted(unknown)[0], FEATURES)
-        self.require(*sorted(needs))
+        known = [*FEATURES, *self._extra]
+        if unknown := set(needs) - set(known):
+            raise unknown_name("feature", sorted(unknown)[0], known)
+        self.require(*sorted(set(needs) & set(FEATURES)))
         return frozenset(needs)
 
     def require(self, *capabilities: str) -> None:

@@ -147,7 +147,7 @@ class Detector(ABC):
             raise TypeError(f"{self.name!r} takes a FeatureSet (see `extract`), got {type(features).__name__}.")
         if not len(features):
             raise DataError(f"{self.name!r} got an empty FeatureSet.")
-        absent = [need for need in sorted(self.needs) if getattr(features, need) is None]
+        absent = [need for need in sorted(self.needs) if features.get(need) is None]
         if absent:
             raise UsageError(
                 f"{self.name!r} needs {' and '.join(map(repr, sorted(self.needs)))} features; these have no "
