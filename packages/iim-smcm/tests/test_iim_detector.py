@@ -566,7 +566,7 @@ def test_class_names_given_twice(small_backbone, features, twin):
         assert [e["positive"] for e in made.history] != [e["positive"] for e in plain.history]
         one, other = made.state["context"][1], made.state["context"][3]
         assert not torch.allclose(one, other)
-    labels = made._labels(replace(features, label_names=names))
+    labels = made._training_labels(replace(features, label_names=names))
     assert torch.equal(labels, features.labels)
 
 

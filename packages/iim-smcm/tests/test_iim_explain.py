@@ -4,10 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from ood_core import create_backbone, create_detector, extract
+from ood_core import _panels, create_backbone, create_detector, extract
 from ood_core.data import scenes
 from ood_core.errors import NotFittedError, UsageError
-from ood_iim import _panels
 from ood_iim.detectors import IIM, SMCM
 from ood_iim.explain import explain
 from PIL import Image

@@ -1,8 +1,9 @@
 """Hierarchical vision-language learning (HVL): images of known diseases at three scales.
 
-HVL looks at every image as a whole, as n x n and as 2n x 2n tiles, each enlarged to the encoder's full input,
-and lets coarse context flow into fine tiles. `functional` holds the equations: the pyramid, the adapter, the
-fusion across scales and the entropy of a tile's class probabilities.
+HVL looks at every image as a whole, as n x n and as 2n x 2n tiles, each enlarged to the encoder's full input, lets
+coarse context flow into fine tiles and leaves tiles out whose class distribution is flat. An adapter and two biases of
+the class texts are trained on embeddings that are computed once; tiles just outside a lesion serve as pseudo-OOD. The
+trained detector is `hvl`; `functional` holds the equations.
 
 Lai, Lu, Chen, Chen, Zheng & Wang, "Hierarchical vision-language learning for medical out-of-distribution
 detection", MICCAI 2025.
@@ -15,15 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_hvl import functional
+    from ood_hvl.detectors import HVL
+    from ood_hvl.model import HVLModel
+    from ood_hvl.pyramid import with_pyramid
 
 __version__ = "0.1.0"
 
-__all__ = ["functional"]
+_HOMES = {"HVL": "detectors", "HVLModel": "model", "with_pyramid": "pyramid"}
+__all__ = ["HVL", "HVLModel", "functional", "with_pyramid"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return import_module("ood_hvl.functional")
+    if name in _HOMES:
+        return getattr(import_module(f"ood_hvl.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'ood_hvl' has no attribute {name!r}")
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "ood_loss",
     "ood_loss_from_log",
     "parent_index",
+    "patch_log_probabilities",
     "patch_probabilities",
     "pool",
     "pseudo_ood",
@@ -69,8 +70,12 @@ def split_pyramid(images: Tensor, n: int) -> Tensor:
 
 def _tiles(images: Tensor, count: int) -> Tensor:
     """Tiles [B, count^2, 3, S, S] of the images enlarged `count` times."""
-    size = images.shape[-1]
-    large = F.interpolate(images, scale_factor=count, mode="bicubic", align_corners=False)
+    return cut(F.interpolate(images, scale_factor=count, mode="bicubic", align_corners=False), count)
+
+
+def cut(large: Tensor, count: int) -> Tensor:
+    """Images [B, 3, count S, count S] cut into tiles [B, count^2, 3, S, S], row-major."""
+    size = large.shape[-1] // count
     tiles = large.unfold(2, size, size).unfold(3, size, size)
     return tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
@@ -208,9 +213,34 @@ def patch_probabilities(h: Tensor, text: Tensor, *, tau: float) -> Tensor:
         >>> patch_probabilities(torch.tensor([2.0, 0.0]), torch.eye(2), tau=1.0).round(decimals=4)
         tensor([0.7311, 0.2689])
     """
+    return _patch_logits(h, text, tau).softmax(-1)
+
+
+def patch_log_probabilities(h: Tensor, text: Tensor, *, tau: float) -> Tensor:
+    """`patch_probabilities` as logarithms, exact where one underflows: the form used in training.
+
+    Args:
+        h: fused embeddings [..., d] of any norm.
+        text: class texts [C, d] with the bias of their scale added, of any norm.
+        tau: temperature, above 0.
+
+    Returns:
+        [..., C].
+
+    Raises:
+        TypeError, ValueError: as `patch_probabilities`.
+
+    Example:
+        >>> patch_log_probabilities(torch.tensor([1.0, 0.0]), torch.eye(2), tau=0.01)
+        tensor([   0., -100.])
+    """
+    return _patch_logits(h, text, tau).log_softmax(-1)
+
+
+def _patch_logits(h: Tensor, text: Tensor, tau: float) -> Tensor:
     h, text = _check.tensors(h=(h, _rows_of(h, "d")), text=(text, "C d"))
     cosines = F.normalize(h, dim=-1) @ F.normalize(text, dim=-1).T
-    return (cosines / _check.positive("tau", tau)).softmax(-1)
+    return cosines / _check.positive("tau", tau)
 
 
 def keep_mask(entropy: Tensor) -> Tensor:

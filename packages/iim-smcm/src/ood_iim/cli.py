@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from ood_core.cli.common import (
     add_backbone_arguments,
     add_command,
-    add_evaluation_arguments,
-    add_extraction_arguments,
     add_score_arguments,
     run,
+)
+from ood_core.cli.methods import (
+    add_evaluate_arguments,
+    add_explain_arguments,
+    add_fit_arguments,
+    add_reading_arguments,
+    add_saved_arguments,
 )
 
 from ood_iim import __version__, commands
@@ -35,38 +40,26 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
     fit = add_command(verbs, "fit", commands.fit, "learn prompts from a few labelled images and save the detector")
-    fit.add_argument("source", metavar="SOURCE", help="labelled ID images, e.g. one folder per class")
-    fit.add_argument("--out", metavar="DIR", required=True, help="where the detector goes")
+    add_fit_arguments(fit, seed=1)
     fit.add_argument("--shots", type=int, metavar="N", help="images per class, drawn with --seed (default: all)")
-    fit.add_argument("--seed", type=int, default=1, help="of the draw, the start and the order (default: 1)")
-    fit.add_argument("--calibrate", metavar="SOURCE", help="other ID images that set the threshold")
-    fit.add_argument("--tpr", type=float, default=0.95, help="share of them to accept (default: 0.95)")
-    _add_training_arguments(fit)
 
     score = add_command(verbs, "score", commands.score, "score images with a saved detector")
     add_score_arguments(score)
 
     evaluate = add_command(verbs, "evaluate", commands.evaluate, "judge the six scores of a saved detector")
-    _add_detector_argument(evaluate)
-    add_evaluation_arguments(evaluate)
-    evaluate.add_argument("--out", metavar="DIR", required=True)
-    _add_reading_arguments(evaluate)
+    add_evaluate_arguments(evaluate)
 
     explain = add_command(verbs, "explain", commands.explain, "draw which patches speak for and against an image")
-    explain.add_argument("image", metavar="IMAGE")
-    _add_detector_argument(explain)
-    explain.add_argument("--out", metavar="FILE.png", help="picture to write (default: IMAGE-iim.png, beside you)")
-    _add_reading_arguments(explain)
+    add_explain_arguments(explain, "iim")
 
     sweep = add_command(verbs, "sweep", commands.sweep, "try k, alpha, temperature and negatives from one pass")
-    _add_detector_argument(sweep)
+    add_saved_arguments(sweep)
     sweep.add_argument("--id", metavar="SOURCE", required=True, help="ID images, labelled for the accuracy")
     sweep.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", default=[], help="OOD test sets")
     sweep.add_argument("--validation", metavar="SOURCE", help="OOD images to choose by; test sets are not used for it")
     sweep.add_argument("--k", type=int, nargs="+", metavar="K", help="default: 1, 2, 5, 10, ... up to the patches")
     sweep.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5], metavar="A")
     sweep.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="T")
-    _add_reading_arguments(sweep)
 
     importing = add_command(
         verbs, "import", commands.import_released, "turn a checkpoint of the released code into ours"
@@ -91,24 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--out", metavar="DIR", default="reproduce-iim", help="results of every run; finished ones stay"
     )
-    _add_training_arguments(reproduce, default="open_clip:ViT-B-16/openai")
+    reproduce.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
+    reproduce.add_argument("--template", metavar="T", help="prompt of the global term (default: 'a photo of a {}.')")
+    reproduce.add_argument(
+        "--param", metavar="KEY=VALUE", action="append", default=[], help="option of IIM (see README)"
+    )
+    add_reading_arguments(reproduce, backbone="open_clip:ViT-B-16/openai")
     return parser
-
-
-def _add_training_arguments(parser: argparse.ArgumentParser, *, default: str = "tiny") -> None:
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-    parser.add_argument("--template", metavar="T", help="prompt of the global term (default: 'a photo of a {}.')")
-    parser.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of IIM (see README)")
-    add_backbone_arguments(parser, default=default)
-    add_extraction_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
-
-
-def _add_detector_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--detector", metavar="DIR", required=True, help="a detector that `ood-iim fit` saved")
-
-
-def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    add_backbone_arguments(parser, default=None)
-    add_extraction_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ood_core.cli.common import (
     print_json,
     print_table,
 )
+from ood_core.cli.methods import evaluate_variants, explain_image, fit_detector, new_detector, saved_detector
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -35,70 +36,25 @@ def fit(args: argparse.Namespace) -> None:
 
     source = open_source(args.source)
     names = read_class_names(args.classes) if args.classes else list(source.label_names)
-    detector = _new_detector(args, names, seed=args.seed)
+    detector = new_detector(args, "iim", names, seed=args.seed)
     if args.shots:
         source = FewShot(source, args.shots, args.seed)
         if source.short_classes:
             message(f"Fewer than {args.shots} images, all taken: {_listed(source.short_classes)}")
     message(f"Learning {len(names)} class prompts and {detector.negative_prompts} negatives from {len(source)} images")
-    checkpoint = Path(args.out) / "checkpoint.safetensors"
-    detector.fit(source, checkpoint=checkpoint, cache=args.cache)
-    if args.calibrate:
-        detector.calibrate(detector.score(args.calibrate, **extraction_options(args)), args.tpr)
-    if os.environ.get("RANK", "0") != "0":  # every process has the same result: one writes it
-        return
-    detector.save_pretrained(args.out)
-    checkpoint.unlink(missing_ok=True)
-    last = detector.history[-1]
-    message("Last epoch: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
-    if detector.threshold is not None:
-        message(f"Scores below {detector.threshold:.9g} are OOD")
-    message(f"Saved: {args.out}")
-    if args.json:
-        print_json({"detector": args.out, "history": detector.history, "threshold": detector.threshold})
+    fit_detector(args, detector, source, cache=args.cache)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Judge the six scores of a trained detector."""
-    from ood_core.data import open_source
-    from ood_core.evaluation import evaluate as run
-
-    detector = _saved_detector(args)
-    found = run(
-        detector.variants(),
-        id=open_source(args.id),
-        ood={name: open_source(source) for name, source in named_sources(args.ood).items()},
-        calibrate=open_source(args.calibrate) if args.calibrate else None,
-        convention=args.convention,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
-        out=args.out,
-        **extraction_options(args),
-    )
-    core.show(found, args)
-    accuracy = found.results["detectors"]["s_mcm"].get("accuracy")
-    if accuracy is not None:
-        message(f"ID accuracy {100 * accuracy:.1f} %")
-    message(f"Results: {args.out}")
+    evaluate_variants(args, _saved_detector(args).variants(), "s_mcm")
 
 
 def explain(args: argparse.Namespace) -> None:
     """Draw one image with the patches that mattered."""
-    from ood_core.data.decode import decode
-
     from ood_iim.explain import explain as look
 
-    if not Path(args.image).is_file():
-        raise MissingDataError(f"There is no image {args.image!r}; check the path.")
-    found = look(_saved_detector(args), decode(args.image))
-    out = args.out or f"{Path(args.image).stem}-iim.png"
-    found.draw(out)
-    message(f"Picture: {out}")
-    if args.json:
-        print_json(found.to_dict())
-    else:
-        decision = {True: ", OOD", False: ", ID", None: ""}[found.is_ood]
-        print(f"{found.predicted}: score {found.score:.9g}{decision}")  # noqa: T201
+    explain_image(args, partial(look, _saved_detector(args)), "iim")
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -321,21 +277,10 @@ def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
 _MEASURES = ("auroc", "fpr95")
 
 
-def _new_detector(args: argparse.Namespace, names: list[str], **options: Any) -> IIM:
-    from ood_core.detectors import create_detector
-
-    given = dict(map(parse_param, args.param))
-    made: Any = create_detector(
-        "iim", backbone=load_backbone(args), class_names=names, template=args.template, **(options | given)
-    )
-    return made
-
-
 def _saved_detector(args: argparse.Namespace) -> IIM:
     from ood_iim.detectors import IIM
 
-    made = IIM.from_pretrained(args.detector)
-    made._set_backbone(load_backbone(args, args.backbone or made._backbone_record["spec"]))
+    made: IIM = saved_detector(args, IIM)
     return made
 
 

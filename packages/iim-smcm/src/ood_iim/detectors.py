@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +11,12 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from ood_core import _check
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
 from ood_core.data.augment import LiveViews, Views
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
+from ood_core.detectors.trained import TrainedDetector
 from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
@@ -106,7 +103,7 @@ class Components(NamedTuple):
         return found
 
 
-class IIM(Detector):
+class IIM(TrainedDetector):
     """Intra-image mining: prompts learned from the patches of a few labelled images, scored by S-MCM.
 
     Both encoders stay frozen. `fit` learns a context per class, negative prompts and the text projection.
@@ -217,7 +214,6 @@ class IIM(Detector):
             _check.integer("max_prompt_batch", max_prompt_batch, 1, 2**31)
         self.max_prompt_batch = max_prompt_batch
         self.seed = _check.integer("seed", seed, 0, 2**31)
-        self.history: list[dict[str, float]] = []
 
     @property
     def needs(self) -> frozenset[str]:
@@ -263,21 +259,11 @@ class IIM(Detector):
                     f"These features are {images.local.shape[-1]} wide, those of {backbone.spec!r} {backbone.width}: "
                     "extract them with this backbone."
                 )
-            described, size = images, images.local.shape[1]
+            size = images.local.shape[1]
         else:
             images = open_source(images)
-            described = FeatureSet(
-                ids=list(images.ids),
-                labels=None if images.labels is None else torch.as_tensor(images.labels),
-                label_names=list(images.label_names),
-                source=images.fingerprint,
-            )
             size = math.prod(backbone.grid or ())
-        labels = self._labels(described)
-        if len(self.class_names) < 2:
-            raise UsageError(
-                f"{self.name!r} needs at least two classes, got {self.class_names}: a softmax over one is always 1."
-            )
+        labels = self._training_labels(images)
         self._class_texts(backbone)  # a template that does not fit shows here, not after the training
         learner = self._learner(backbone)
         options = {name: getattr(self, name) for name in ("lambda_neg", "lambda_div", "region", "hard_negative_mining")}
@@ -300,25 +286,11 @@ class IIM(Detector):
             drop_last=True,
             checkpoint=checkpoint,
             resume=resume,
-            recipe={
-                **{name: getattr(self, name) for name in sorted(self.fit_options)},
-                "class_names": self.class_names,
-                "backbone": backbone.fingerprint,
-                "images": _digest(described, isinstance(images, FeatureSet)),
-            },
+            recipe=self._recipe(images, backbone.fingerprint),
             progress=progress,
         )
         self._take(backbone, learner)
         return self
-
-    def _labels(self, features: FeatureSet) -> Tensor:
-        """Label numbers; a name given twice is told apart only where the labels' list is the class list itself."""
-        names = self.class_names or list(features.label_names)
-        plain = Counter(name.replace("_", " ").strip() for name in names)
-        doubled = [name for name, count in plain.items() if count > 1]
-        if doubled and names != list(features.label_names):
-            raise DataError(f"Class names {doubled[:5]} are given twice: labels cannot tell them apart. Rename one.")
-        return self._class_labels(features)
 
     def _patches(
         self, backbone: Backbone, images: FeatureSet | ImageSource, cache: str | Path | None, progress: bool | None
@@ -441,22 +413,6 @@ class IIM(Detector):
 
     # ---- storage
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` (learned tensors and text features) and `training.json`."""
-        super().save_pretrained(folder)
-        write_json(Path(folder) / "training.json", self.history)
-
-    @classmethod
-    def _empty(cls, path: Path, config: dict[str, Any]) -> Self:
-        made = super()._empty(path, config)
-        file = path / "training.json"
-        if file.is_file():  # a repository on the hub is fetched without it
-            try:
-                made.history = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DataError(f"{file} is no record of a training ({error}): remove it.") from error
-        return made
-
     @classmethod
     def from_released(
         cls, path: str | Path, *, backbone: Backbone | str, class_names: Sequence[str], **options: Any
@@ -483,13 +439,6 @@ class IIM(Detector):
         learner.load(tensors)
         made._take(made._required_backbone(), learner)
         return made
-
-
-def _digest(images: FeatureSet, extracted: bool) -> str:
-    """Changes with the images, their labels and whether they are features already."""
-    labels = None if images.labels is None else images.labels.tolist()
-    content = json.dumps([extracted, images.source, images.ids, labels, images.label_names])
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 _Patches = Callable[[Tensor, int], Tensor]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from ood_core._files import write_atomically
+from ood_core import _panels
+from ood_core._panels import Panel
 from ood_core.data.decode import to_rgb
 from ood_core.detectors.zero_shot import default_k
 from ood_core.errors import UsageError
@@ -17,8 +17,6 @@ from ood_core.functional import mcm
 from PIL import Image
 from torch import Tensor
 
-from ood_iim import _panels
-from ood_iim._panels import Panel
 from ood_iim.detectors import IIM, SMCM
 
 __all__ = ["Explanation", "explain"]
@@ -98,12 +96,7 @@ class Explanation:
         Raises:
             UsageError: a file name that does not end in .png.
         """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise UsageError(f"The picture is a PNG: {str(path)!r} must end in .png.")
-        picture = self.render()
-        write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
-        return path
+        return _panels.write_png(self.render(), path)
 
 
 def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
@@ -208,10 +201,7 @@ def _cell(found: Explanation) -> int:
 
 
 def _headline(found: Explanation) -> str:
-    decision = {None: "No decision", False: "In-distribution", True: "Out-of-distribution"}[found.is_ood]
-    limit = "not calibrated" if found.threshold is None else f"threshold {found.threshold:.4f}"
-    name = _panels.printable(found.predicted)
-    return f"{decision}  ·  score {found.score:.4f} ({limit})  ·  predicted class: {name}"
+    return _panels.verdict(found.is_ood, found.score, found.threshold, found.predicted)
 
 
 def _picture(found: Explanation) -> Panel:
@@ -243,28 +233,14 @@ def _mined_patches(found: Explanation) -> Panel:
 
 
 def _best_classes(found: Explanation) -> Panel:
-    counts = Counter(found.best_class.flatten().tolist()).most_common()
-    shown = dict(zip((index for index, _ in counts), _panels.COLORS, strict=False))
-    lines = [
-        (color, f"{count}  {_panels.printable(found.class_names[index])}")
-        for (index, count), color in zip(counts, _panels.COLORS, strict=False)
-    ]
-    if rest := counts[len(shown) :]:
-        lines.append((_panels.OTHER, f"{sum(count for _, count in rest)}  {len(rest)} others"))
-    colors = [[shown.get(index, _panels.OTHER) for index in row] for row in found.best_class.tolist()]
-    return Panel("Best class (number of patches)", _panels.blocks(_panels.rgb(colors), _cell(found)), lines)
+    classes = found.best_class.numpy()
+    return _panels.class_map("Best class (number of patches)", classes, found.class_names, _cell(found))
 
 
 def _maps(found: Explanation) -> list[Panel]:
     among = "classes and negatives" if found.negatives else "classes"
-    return [
-        _map(found, "Image to text", found.image_to_text_map, f"largest softmax over {among}"),
-        _map(found, "Text to image", found.text_to_image_map, "largest softmax over patches"),
+    maps = [
+        ("Image to text", found.image_to_text_map, f"largest softmax over {among}"),
+        ("Text to image", found.text_to_image_map, "largest softmax over patches"),
     ]
-
-
-def _map(found: Explanation, title: str, values: Tensor, about: str) -> Panel:
-    picture = _panels.blocks(_panels.heat(values.numpy()), _cell(found))
-    low, high = float(values.min()), float(values.max())
-    lines = [(_panels.SCALE[-1], f"max {high:.4g}"), (_panels.SCALE[0], f"min {low:.4g}"), (None, about)]
-    return Panel(title, picture, lines)
+    return [_panels.heat_map(title, values.numpy(), about, _cell(found)) for title, values, about in maps]

@@ -185,6 +185,11 @@ class Backbone(ABC):
         """The last transformer block, callable on the tokens of `prefix`; gradients flow."""
         raise self._lacks("blocks")
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last block, through which the class token is read."""
+        raise self._lacks("blocks")
+
     @abstractmethod
     def _image_embedding(self, tokens: Tensor) -> Tensor:
         """[B, d] from the tokens behind the last block, not normalised."""
@@ -270,6 +275,7 @@ class Backbone(ABC):
             raise ValueError(f"This backbone has a feature {sorted(taken)[0]!r} already: give another name.")
         twin = copy.copy(self)
         twin._extra = self._extra | dict.fromkeys(names, (compute, key))
+        twin.capabilities = self.capabilities | set(names)
         twin.transform = transform or self.transform
         return twin
 
@@ -546,7 +552,7 @@ class Backbone(ABC):
         known = [*FEATURES, *self._extra]
         if unknown := set(needs) - set(known):
             raise unknown_name("feature", sorted(unknown)[0], known)
-        self.require(*sorted(set(needs) & set(FEATURES)))
+        self.require(*sorted(needs))
         return frozenset(needs)
 
     def require(self, *capabilities: str) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from ood_core._files import write_atomically
+from ood_core.errors import UsageError
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the first ones are those of the report.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#1b1f24")
@@ -47,6 +52,45 @@ def side_by_side(headline: str, panels: Sequence[Panel]) -> Image.Image:
             _write(draw, (left + indent, y), text, picture.width - indent, 14)
         left += picture.width + _GAP
     return page
+
+
+def write_png(picture: Image.Image, path: str | Path) -> Path:
+    """Write a picture (atomic) and return its path.
+
+    Raises:
+        UsageError: a file name that does not end in .png.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"The picture is a PNG: {str(path)!r} must end in .png.")
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+    return path
+
+
+def verdict(is_ood: bool | None, score: float, threshold: float | None, predicted: str) -> str:
+    """The headline of an explanation: decision, score and class."""
+    decision = {None: "No decision", False: "In-distribution", True: "Out-of-distribution"}[is_ood]
+    limit = "not calibrated" if threshold is None else f"threshold {threshold:.4f}"
+    return f"{decision}  ·  score {score:.4f} ({limit})  ·  predicted class: {printable(predicted)}"
+
+
+def class_map(title: str, classes: np.ndarray, names: Sequence[str], cell: int) -> Panel:
+    """A class number per patch [h, w] as colours, the most frequent classes in the legend."""
+    counts = Counter(classes.flatten().tolist()).most_common()
+    shown = dict(zip((index for index, _ in counts), COLORS, strict=False))
+    lines: list[tuple[str | None, str]] = [
+        (color, f"{count}  {printable(names[index])}") for (index, count), color in zip(counts, COLORS, strict=False)
+    ]
+    if rest := counts[len(shown) :]:
+        lines.append((OTHER, f"{sum(count for _, count in rest)}  {len(rest)} others"))
+    colors = [[shown.get(index, OTHER) for index in row] for row in classes.tolist()]
+    return Panel(title, blocks(rgb(colors), cell), lines)
+
+
+def heat_map(title: str, values: np.ndarray, about: str, cell: int) -> Panel:
+    """A value per patch [h, w], from its own lowest (dark) to its own highest (light)."""
+    lines = [(SCALE[-1], f"max {values.max():.4g}"), (SCALE[0], f"min {values.min():.4g}"), (None, about)]
+    return Panel(title, blocks(heat(values), cell), lines)
 
 
 def blocks(colors: np.ndarray, cell: int) -> Image.Image:

@@ -1,0 +1,39 @@
+"""What the verbs of `ood-hvl` do."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from ood_core.cli import commands as core
+from ood_core.cli.common import message
+from ood_core.cli.methods import evaluate_variants, explain_image, fit_detector, new_detector, saved_detector
+
+score = core.score
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Train on labelled images, calibrate if asked, save."""
+    from ood_core.data import open_source
+    from ood_core.prompts import read_class_names
+
+    source = open_source(args.source)
+    names = read_class_names(args.classes) if args.classes else list(source.label_names)
+    detector = new_detector(args, "hvl", names, seed=args.seed)
+    message(f"Encoding {len(source)} images of {len(names)} classes at three scales, then training")
+    fit_detector(args, detector, source, cache=args.cache)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Judge a trained detector, with both means over tiles."""
+    from ood_hvl.detectors import HVL
+
+    evaluate_variants(args, saved_detector(args, HVL).variants(), "hvl")
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Draw one image with the tiles that mattered."""
+    from ood_hvl.detectors import HVL
+    from ood_hvl.explain import explain as look
+
+    explain_image(args, partial(look, saved_detector(args, HVL)), "hvl")

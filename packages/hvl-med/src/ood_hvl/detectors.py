@@ -1,0 +1,324 @@
+"""HVL as a detector: trained on embeddings of the image pyramid, with a diagnosis for every image."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from ood_core import _check
+from ood_core.backbones import create_backbone
+from ood_core.backbones.base import Backbone
+from ood_core.data import open_source
+from ood_core.data.sources import ImageSource
+from ood_core.detectors.trained import TrainedDetector
+from ood_core.errors import DataError, UsageError
+from ood_core.features import FeatureSet, extract
+from ood_core.prompts import fill, resolve_templates
+from ood_core.training import train
+from torch import Tensor
+
+from ood_hvl.model import HVLModel, Scales
+from ood_hvl.pyramid import FEATURE, pyramid_key, tiles_per_image, with_pyramid
+from ood_hvl.views import TurnedViews
+
+__all__ = ["HVL"]
+
+log = logging.getLogger(__name__)
+
+
+class HVL(TrainedDetector):
+    """Hierarchical vision-language learning: diagnosis and refusal from three scales of an image.
+
+    The encoder stays frozen and sees every training image once; `fit` learns an adapter and two text biases.
+
+    Args:
+        n: partitions: n x n middle and 2n x 2n fine tiles.
+        k: K, pseudo-OOD tiles per image, at most 4 n^2.
+        tau: temperature of the class probabilities.
+        patch_mean: "paper" divides a scale's sum over kept tiles by all tiles, "kept" by those kept.
+        csf: cross-scale fusion (Eq. 1).
+        selection: of pseudo-OOD tiles, "gain", "background" or "none" (no L_OOD).
+        lower_scales: pseudo-OOD embeddings of the coarser scales, too (Eq. 4).
+        ood_weight: factor of L_OOD.
+        adapter: "shared" by the scales, or "per_scale".
+        normalize_v: unit-norm embeddings in front of the adapter.
+        normalize_t: unit-norm class texts before the biases.
+        pyramid_source: tiles of the encoder's "input", or of the "raw" file (see `with_pyramid`).
+        resize: "crop" or "squash" (see `with_pyramid`).
+        class_balance: None, or "sampler" to draw classes equally often (long tails).
+        views: when fitted on images: 1, or 2 (mirrored) or 8 (turned) orientations, drawn per image and epoch.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        learning_rate: of Adam, at the start of a cosine.
+        encode_chunk: tiles per pass of the encoder.
+        seed: of the adapter's start, the order and the draws.
+        **common: see `create_detector`.
+
+    Attributes:
+        history: per epoch the terms of the loss.
+
+    Source: Lai et al., MICCAI 2025; n, k, epochs, batch size, Adam's rate and the cosine are the paper's.
+
+    Example:
+        >>> detector = create_detector("hvl", backbone="tiny").fit("train/").calibrate("held_out/")  # doctest: +SKIP
+        >>> detector.is_ood("new/")  # doctest: +SKIP
+    """
+
+    name = "hvl"
+    capabilities = frozenset({"image", "text"})
+    remedy = "call fit(features or images) with labelled ID images of at least two classes first"
+    demo_options: ClassVar[Mapping[str, Any]] = {"epochs": 30}
+
+    def __init__(
+        self,
+        *,
+        n: int = 2,
+        k: int = 4,
+        tau: float = 0.01,
+        patch_mean: str = "paper",
+        csf: bool = True,
+        selection: str = "gain",
+        lower_scales: bool = True,
+        ood_weight: float = 1.0,
+        adapter: str = "shared",
+        normalize_v: bool = True,
+        normalize_t: bool = True,
+        pyramid_source: str = "input",
+        resize: str = "crop",
+        class_balance: str | None = None,
+        views: int = 1,
+        epochs: int = 100,
+        batch_size: int = 32,
+        learning_rate: float = 2e-3,
+        encode_chunk: int = 256,
+        seed: int = 0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.n = n
+        why = f"an image has {4 * n * n if tiles_per_image(n) else 0} fine tiles at n={n}"
+        self.k = _check.integer("k", k, 1, 4 * n * n, why)
+        self.tau = _check.positive("tau", tau)
+        self.patch_mean = _check.choice("patch_mean", patch_mean, ("paper", "kept"))
+        self.csf, self.lower_scales = csf, lower_scales
+        self.selection = _check.choice("selection", selection, ("gain", "background", "none"))
+        if not 0 <= ood_weight < math.inf:
+            raise ValueError(f"ood_weight={ood_weight} must be a finite number, at least 0.")
+        self.ood_weight = float(ood_weight)
+        self.adapter = _check.choice("adapter", adapter, ("shared", "per_scale"))
+        self.normalize_v, self.normalize_t = normalize_v, normalize_t
+        self.pyramid_source = _check.choice("pyramid_source", pyramid_source, ("input", "raw"))
+        self.resize = _check.choice("resize", resize, ("crop", "squash"))
+        self.class_balance = _check.choice("class_balance", class_balance, (None, "sampler"))
+        self.views = _check.choice("views", views, (1, 2, 8))
+        self.epochs = _check.integer("epochs", epochs, 1, 2**31)
+        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
+        self.learning_rate = _check.positive("learning_rate", learning_rate)
+        self.encode_chunk = _check.integer("encode_chunk", encode_chunk, 1, 2**31)
+        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self._plain: Backbone | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The embeddings of the pyramid."""
+        return frozenset({FEATURE})
+
+    @property
+    def fit_options(self) -> frozenset[str]:  # type: ignore[override]
+        """All but those of the score and of the memory."""
+        return frozenset(self._option_names()) - {"patch_mean", "encode_chunk"}
+
+    # ---- backbone
+
+    def _set_backbone(self, backbone: Backbone | str) -> None:
+        """Take a backbone, and give it the pyramid."""
+        backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
+        wide = backbone
+        if FEATURE not in backbone._extra:
+            options = {"source": self.pyramid_source, "resize": self.resize, "chunk": self.encode_chunk}
+            self._plain = backbone
+            wide = with_pyramid(backbone, self.n, **options)
+        elif backbone._extra[FEATURE][1] != (key := pyramid_key(self.n, self.pyramid_source, self.resize)):
+            raise UsageError(f"This backbone has a {backbone._extra[FEATURE][1]}, {self.name!r} needs a {key}.")
+        super()._set_backbone(wide)
+
+    def set_params(self, **params: Any) -> Self:
+        """Change options; the calibration is dropped, and the fitted state if it depended on them.
+
+        Raises:
+            UsageError: an unknown option.
+        """
+        super().set_params(**params)
+        if self._plain is not None and {"n", "pyramid_source", "resize", "encode_chunk"} & set(params):
+            self._backbone_record = {}
+            self._set_backbone(self._plain)
+        return self
+
+    def _check_features(self, features: FeatureSet) -> None:
+        tiles = features.get(FEATURE) if isinstance(features, FeatureSet) else None
+        if tiles is not None and (tiles.ndim != 3 or tiles.shape[1] != tiles_per_image(self.n)):
+            raise UsageError(
+                f"{self.name!r} with n={self.n} reads {tiles_per_image(self.n)} tiles per image; these features are of "
+                f"shape {list(tiles.shape)}. Extract them with this n (`detector.backbone`)."
+            )
+        super()._check_features(features)
+
+    # ---- training
+
+    def fit(
+        self,
+        images: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        resume: bool = True,
+        cache: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Learn the adapter and the text biases; forgets an earlier calibration.
+
+        Args:
+            images: labelled ID images (a source, a folder, ...), encoded once; or features with "pyramid".
+            checkpoint: file that keeps the learned tensors after every epoch.
+            resume: go on from it.
+            cache: folder for the embeddings of images.
+            progress: a bar on stderr; None shows it on a terminal only.
+
+        Raises:
+            UsageError: no backbone, one without texts, fewer than two classes, or features of another backbone or n.
+            DataError: labels that are missing, unknown or ambiguous, a class without images, or a loss that is no
+                longer finite.
+        """
+        backbone = self._required_backbone()
+        images = images if isinstance(images, FeatureSet) else open_source(images)
+        if isinstance(images, FeatureSet):
+            self._check_features(images)
+        labels = self._training_labels(images)
+        self._check_classes(labels)
+        text = self._raw_texts(backbone)
+        tiles = self._tiles(images, cache, progress)
+        if tiles.shape[-1] != text.shape[-1]:
+            raise UsageError(
+                f"These features are {tiles.shape[-1]} wide, the texts of {backbone.spec!r} {text.shape[-1]}: extract "
+                "them with this backbone."
+            )
+        model = self._model(text)
+        rows_of_epoch = self._rows(labels, len(tiles) // len(labels))
+        learned = dict(model.named_parameters())
+
+        def losses(rows: Tensor, epoch: int) -> dict[str, Tensor]:
+            images, rows = rows_of_epoch(rows, epoch)
+            return model.losses(tiles[rows].float(), labels[images], ood_weight=self.ood_weight)
+
+        self.history = train(
+            learned,
+            losses,
+            size=len(labels),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=torch.optim.Adam(learned.values(), lr=self.learning_rate),
+            learning_rate=lambda epoch: self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2,
+            seed=self.seed,
+            checkpoint=checkpoint,
+            resume=resume,
+            recipe=self._recipe(images, backbone.fingerprint),
+            progress=progress,
+        )
+        self.state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        self.threshold, self.tpr, self._calibration = None, None, None
+        return self
+
+    def _check_classes(self, labels: Tensor) -> None:
+        counts = torch.bincount(labels, minlength=len(self.class_names)).tolist()
+        if absent := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
+            raise DataError(f"No training image is of {absent[:5]}: give some of every class, or leave the class out.")
+        if single := [name for name, count in zip(self.class_names, counts, strict=True) if count == 1]:
+            log.warning(
+                "There is one training image only of %s: it is learned, but cannot be told from chance.", single
+            )
+
+    def _raw_texts(self, backbone: Backbone) -> Tensor:
+        unit = self._class_texts(backbone)  # sets the template, and checks it
+        if self.normalize_t:
+            return unit
+        raw = [
+            backbone.encode_text([fill(one, name) for name in self.class_names], normalize=False)
+            for one in resolve_templates(self.template or self.default_template)
+        ]
+        return torch.stack(raw).mean(0).cpu()
+
+    def _tiles(self, images: FeatureSet | ImageSource, cache: str | Path | None, progress: bool | None) -> Tensor:
+        """Embeddings of V orientations of N images, orientation after orientation, [V N, 1 + 5 n^2, d]."""
+        if isinstance(images, ImageSource):
+            source = TurnedViews(images, self.views) if self.views > 1 else images
+            images = extract(self._required_backbone(), source, self.needs, cache=cache, progress=progress)
+        return images.extra[FEATURE]
+
+    def _rows(self, labels: Tensor, views: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """(rows, epoch) -> the images drawn for these rows, and where their embeddings lie."""
+        share = 1 / torch.bincount(labels).double()[labels]
+
+        def draw(rows: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            images = torch.arange(len(labels))
+            if self.class_balance == "sampler":
+                images = torch.multinomial(share, len(labels), replacement=True, generator=generator)
+            view = torch.randint(views, (len(labels),), generator=generator)
+            return images[rows], (view * len(labels) + images)[rows]
+
+        return draw
+
+    def _model(self, text: Tensor) -> HVLModel:
+        return HVLModel(
+            text,
+            tau=self.tau,
+            csf=self.csf,
+            adapter=self.adapter,
+            normalize=self.normalize_v,
+            selection=self.selection,
+            lower_scales=self.lower_scales,
+            k=self.k,
+            seed=self.seed,
+        )
+
+    # ---- scores
+
+    def scales(self, features: FeatureSet) -> Scales:
+        """Class probabilities, entropies and kept tiles of every scale.
+
+        Args:
+            features: with "pyramid".
+
+        Raises:
+            NotFittedError: before `fit`.
+            UsageError: features of another backbone or n.
+        """
+        self._check_scorable(features)
+        return self._trained(features)(features.extra[FEATURE])
+
+    def _trained(self, features: FeatureSet) -> HVLModel:
+        model = self._model(self.state["text"])
+        model.load_state_dict(self.state)
+        return model.to(features.extra[FEATURE].device)
+
+    @torch.no_grad()
+    def _combined(self, features: FeatureSet) -> tuple[Tensor, Tensor, Tensor]:
+        return self._trained(features)(features.extra[FEATURE]).combined(self.patch_mean)
+
+    def variants(self) -> dict[str, Self]:
+        """This detector, and with the other mean over tiles, which needs no training of its own.
+
+        "hvl" as it is, "hvl_kept" or "hvl_paper" with the other `patch_mean`.
+        """
+        other = "kept" if self.patch_mean == "paper" else "paper"
+        return {self.name: self, f"{self.name}_{other}": copy.copy(self).set_params(patch_mean=other)}
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        return self._combined(features)[1]
+
+    def _predict(self, features: FeatureSet) -> Tensor:
+        return self._combined(features)[2]
