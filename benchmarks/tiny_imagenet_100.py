@@ -2,9 +2,8 @@
 
     uv run python benchmarks/tiny_imagenet_100.py --packs ../shared/data
 
-ID: the first 100 wnids in sorted order (fit and calibration from `fit`, test from `val`); near OOD: the other 100,
-`val`; far OOD: eight other packs. Writes benchmarks/results/tiny_imagenet_100.json, which `tools/make_docs.py` turns
-into docs/benchmarks.md.
+The sets are those of the protocol (`ood list protocols`). Writes benchmarks/results/tiny_imagenet_100.json, which
+`tools/make_docs.py` turns into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ood_core import (
-    FewShot,
     ParquetImages,
     create_backbone,
     create_detector,
@@ -29,6 +27,7 @@ from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
 from ood_core.prompts import text_features
+from ood_core.protocols import find_protocol
 
 RESULT = Path(__file__).parent / "results" / "tiny_imagenet_100.json"
 FAR = {
@@ -41,12 +40,8 @@ FAR = {
     "histology": "histology-colorectal.parquet:test",
     "chest-xray": "chest-xray.parquet:test",
 }
+OTHERS = ("iim", "setar", "neg_label", "hvl", "mofe")  # in iim.py, setar.py, hvl.py, mofe.py
 ZERO_SHOT = ["mcm", "gl_mcm", "r_mcm", "s_mcm"]
-NOTES = [
-    "The near-OOD classes are among the 200 classes that the tiny backbone was trained on (as CLIP, too, has seen most "
-    "OOD classes); the far sets are unlike its training data.",
-    "Detectors that learn were fitted on 16 images per ID class of the split `fit`, thresholds set on the other 34.",
-]
 
 
 def split_classes(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -68,23 +63,20 @@ def run(
     cache: str | None = None,
 ) -> dict[str, Any]:
     """The protocol's results, as `ood evaluate` writes them, and for every detector the mean over the far sets."""
-    fit, _ = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="fit"))
-    test, near = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="val"))
-    train = FewShot(fit, shots=16, seed=seed)
-    rest = fit.subset([i for i, image_id in enumerate(fit.ids) if image_id not in set(train.ids)])
-    far = {name: ParquetImages(*_pack(packs, spec)) for name, spec in FAR.items()}
+    protocol = find_protocol("tiny-imagenet-100", packs, seed=seed)
     results = evaluate(
-        {name: create_detector(name, backbone=backbone, class_names=fit.label_names) for name in detectors},
-        id=test,
-        ood={"near": near, **far},
-        fit=train,
-        calibrate=rest,
+        {name: create_detector(name, backbone=backbone, class_names=protocol.class_names) for name in detectors},
+        id=protocol.test,
+        ood=protocol.ood,
+        fit=protocol.train,
+        calibrate=protocol.calibration,
         bootstrap=bootstrap,
         out=report,
-        set_kinds={"near": "near", **dict.fromkeys(far, "far")},
-        notes=NOTES,
+        set_kinds=protocol.kinds,
+        notes=protocol.notes,
         cache=cache,
     ).results
+    far = [name for name, kind in protocol.kinds.items() if kind == "far"]
     for figures in results["detectors"].values():
         figures["far_mean"] = {
             key: statistics.fmean(figures["per_set"][name][key] for name in far) for key in ("auroc", "fpr95")
@@ -110,7 +102,7 @@ def main() -> int:
     results = run(
         backbone,
         args.packs,
-        [name for name in list_detectors() if name not in ("iim", "neg_label", "setar")],  # iim.py, setar.py
+        [name for name in list_detectors() if name not in OTHERS],
         bootstrap=args.bootstrap,
         seed=args.seed,
         report=args.report,
@@ -124,11 +116,6 @@ def main() -> int:
         print(f"{name:12s} near {near_auroc:.3f}  far {far_auroc:.3f}  average {figures['average']['auroc']:.3f}")
     print(f"zero-shot top-1 over 200 classes: {results['zero_shot_top1']:.4f}")
     return 0
-
-
-def _pack(folder: Path, spec: str) -> tuple[Path, str | None]:
-    file, _, split = spec.partition(":")
-    return folder / file, split or None
 
 
 def zero_shot_accuracy(backbone, val: ImageSource, cache: str | None) -> float:

@@ -249,6 +249,96 @@ Made by `uv run python benchmarks/setar_search.py`; {hardware(results["environme
 """
 
 
+def spread(figure: dict | None) -> str:
+    """Mean, and the standard deviation over runs where there are several, in percent."""
+    if figure is None:
+        return ""
+    around = "" if figure["std"] is None else f" ± {100 * figure['std']:.1f}"
+    return f"{100 * figure['mean']:.1f}{around}"
+
+
+def interval(figure: dict) -> str:
+    if figure["low"] is None:
+        return spread(figure)
+    return f"{spread(figure)} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+
+
+def hvl_rows(found: dict) -> list[list[str]]:
+    kinds = [(kind, measure) for kind in ("near", "far") for measure in ("auroc", "fpr95")]
+    return [
+        [name, spread(row["accuracy"]), interval(row["auroc"]), *(spread(row[kind][m]) for kind, m in kinds)]
+        for name, row in found.items()
+    ]
+
+
+def hvl(results: dict) -> str:
+    header = ["method", "accuracy", "AUROC", "near AUROC", "near FPR95", "far AUROC", "far FPR95"]
+    found, backbone = results["results"], results["environment"]["backbone"]
+    parts = [
+        f"""## HVL on dermoscopy and histology
+
+Percent; `hvl` divides a scale's probabilities by all tiles, `hvl_kept` by those kept (one training). Mean and standard
+deviation over {len(results["settings"]["seeds"])} seeds, in brackets the 95 % interval of the mean; methods without
+chance run once. Backbone `{backbone["spec"]}` (fingerprint `{backbone["fingerprint"][:12]}`), which saw no medical
+image and is not CLIP: the table compares methods on one backbone, not with the paper. The AUROC is the average over
+all OOD sets; near sets are of the same kind of image, far ones are not.
+"""
+    ]
+    about = {
+        "ham-4": "`ham-4`: nevus, melanoma, dermatofibroma and vascular lesion known; near: actinic keratosis, basal "
+        "cell carcinoma, benign keratosis; far: histology, textures. Lesions of train and test are apart.",
+        "histology-5": "`histology-5`: two of five tissues left out, average of the ten ways; far: dermoscopy.",
+    }
+    for name, text in about.items():
+        if name in found:
+            parts.append(f"{text}\n\n{table(header, hvl_rows(found[name]))}")
+    titles = {
+        "parts": "Parts of HVL (the paper's Table 2, and no lower scales)",
+        "k": "Pseudo-OOD tiles K",
+        "n": f"Partitions n, at most {results['settings']['images_in_study_of_n']} images per part",
+    }
+    for study, title in titles.items():
+        for name, settings in found.get(study, {}).items():
+            rows = [[label, *row[1:]] for label, of in settings.items() for row in hvl_rows({"hvl": of["hvl"]})]
+            parts.append(f"{title}, `{name}`:\n\n{table(['setting', *header[1:]], rows)}")
+    parts.append(
+        "Made by `uv run python benchmarks/hvl.py --packs FOLDER --work FOLDER`; "
+        + hardware(results["environment"])
+        + "."
+    )
+    return "\n".join(parts) + "\n"
+
+
+def hvl_boundary(results: dict) -> str:
+    settings = results["settings"]
+    rows = [[name, *(f"{100 * share:.1f}" for share in row.values())] for name, row in results["results"].items()]
+    places = list(next(iter(results["results"].values())))
+    return f"""## Where HVL finds its unknowns
+
+Share of fine tiles that lie on the boundary of a lesion, in it or beside it, in percent, on {settings["test_images"]}
+generated lesions with known masks, {settings["n"]} partitions, mean over {len(settings["seeds"])} seeds.
+
+{table(["tiles", *places], rows)}
+Made by `uv run python benchmarks/hvl_boundary.py`; {hardware(results["environment"])}.
+"""
+
+
+def hvl_cost(results: dict) -> str:
+    r, s = results["results"], results["settings"]
+    return f"""## What HVL costs
+
+Backbone `{s["backbone"]}` (random weights, {s["dtype"]}), n = {s["n"]}, {s["classes"]} classes. A training step of
+{s["batch"]} images takes {r["cached_step_ms"]:.0f} ms on cached embeddings and
+{r["step_that_encodes_ms"] / 1000:,.0f} s when the tiles are encoded again: {r["ratio"]:,.0f} times as long. The cache
+holds {r["cache_bytes_per_image"] / 1000:.1f} kB per image. Encoding runs at {r["encoded_images_per_second"]:.2f} images
+({r["encoded_tiles_per_second"]:.1f} tiles) per second and takes {r["time_against_single_scale"]:.1f} times as long as
+the whole image alone ({r["added_mib_three_scales"]:,.0f} against {r["added_mib_single_scale"]:,.0f} MiB); what HVL adds
+behind the encoder takes {r["head_ms_per_image"]:.2f} ms per image.
+
+Made by `uv run python benchmarks/hvl_cost.py`; {hardware(results["environment"])}.
+"""
+
+
 def tiny_page() -> str:
     """How the embedded backbone was trained: trials, finished runs, the curve of the last one."""
     recipes = read("tiny_recipes") or {}
@@ -316,6 +406,9 @@ def main() -> None:
         "iim_localisation": iim_localisation,
         "setar": setar,
         "setar_search": setar_search,
+        "hvl": hvl,
+        "hvl_boundary": hvl_boundary,
+        "hvl_cost": hvl_cost,
         "bfloat16": bfloat16,
         "extraction": extraction,
         "topk_patch_softmax": topk_patch_softmax,

@@ -10,6 +10,7 @@ import pytest
 from ood_core import create_backbone, create_detector
 from ood_core.cli import main
 from ood_core.data import scenes
+from ood_core.fusion import Fusion
 
 CLASSES = scenes.ID_CLASSES[:4]
 
@@ -123,11 +124,120 @@ def test_calibrated_detector_is_saved_and_decides(data, tmp_path, capsys):
     )
     assert code == 0
     assert "are OOD" in err
+    # 31 of 32: the quantiles of Beta(31, 2)
+    assert "with 32 calibration images the true share lies between 83.8 and 99.2 % (95 % interval)" in err
     code, out, _ = run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", "--json")
     rows = json.loads(out)
     assert code == 0
     assert all(row["knn.ood"] is True for row in rows)
     assert all(0 < row["knn.p_value"] <= 1 / 33 + 1e-6 for row in rows)
+    code, out, err = run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", "--fdr", "0.05", "--json")
+    assert code == 0
+    assert "knn: 10 of 10 images are OOD at a false discovery rate of 0.05" in err
+    assert all(row["knn.ood"] is True for row in json.loads(out))
+    code, out, err = run(capsys, "score", data / "test", "--detector", tmp_path / "knn", "--fdr", "0.05", "--json")
+    assert "knn: 0 of 32 images" in err  # one of 32 is named only at 0.05 / 32, below 1 / 33
+    code, _, err = run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", "--fdr", "0.01")
+    assert code == 3
+    assert "calibrate with at least 99" in err
+
+
+@pytest.fixture(scope="module")
+def tables(data):
+    """Score tables of two detectors on val (ID), and on test and textures."""
+    for name in ("mcm", "max_logit"):
+        for source in ("val", "test", "textures"):
+            argv = ["score", data / source, "--detector", name, "--out", data / f"{name}-{source}.parquet"]
+            assert main([str(arg) for arg in [*argv, "--classes", _classes(data)]]) == 0
+    return data
+
+
+def _classes(data):
+    (data / "classes.txt").write_text("\n".join(sorted(CLASSES)))
+    return data / "classes.txt"
+
+
+def test_fuse_score_tables(tables, tmp_path, capsys):
+    files = [tables / f"{name}-textures.parquet" for name in ("mcm", "max_logit")]
+    known = [tables / f"{name}-val.parquet" for name in ("mcm", "max_logit")]
+    out = tmp_path / "fused.parquet"
+    code, printed, err = run(capsys, "fuse", *files, "--calibration", *known, "--combine", "fisher", "--out", out)
+    assert (code, printed) == (0, "")
+    assert "12 images scored, 0 without a score" in err
+    assert "fusion: set to accept 95 % of ID images; with 32 calibration images" in err
+    columns = ["mcm", "max_logit"]
+    val, test = (
+        {name: pd.read_parquet(tables / f"{name}-{source}.parquet")[name].to_numpy() for name in columns}
+        for source in ("val", "textures")
+    )
+    fusion = Fusion(columns, combine="fisher").calibrate(val)
+    frame = pd.read_parquet(out)
+    assert list(frame.columns) == ["id", "source", "label", "status", "mcm", "max_logit", "fusion"]
+    np.testing.assert_array_equal(frame["fusion"], fusion.combine_scores(test).numpy())
+    code, printed, err = run(
+        capsys, "fuse", f"a={files[0]}", f"b={files[0]}", "--calibration", f"a={known[0]}", f"b={known[0]}",
+        "--weight", "a=1", "b=3", "--name", "both", "--fdr", "0.3", "--json",
+    )  # fmt: skip
+    rows = json.loads(printed)
+    assert code == 0
+    assert rows[0].keys() == {"id", "source", "label", "status", "a", "b", "both", "both.ood", "both.p_value"}
+    assert "images are OOD at a false discovery rate of 0.3" in err
+
+
+def test_fuse_counts_images_that_a_table_lacks(tables, tmp_path, capsys):
+    table = pd.read_parquet(tables / "max_logit-test.parquet")
+    table.drop(index=[3, 4]).to_parquet(tmp_path / "part.parquet")
+    known = [tables / f"{name}-val.parquet" for name in ("mcm", "max_logit")]
+    out = tmp_path / "fused.parquet"
+    code, _, err = run(
+        capsys, "fuse", tables / "mcm-test.parquet", tmp_path / "part.parquet", "--calibration", *known, "--out", out
+    )
+    assert code == 0
+    assert "2 images are not in all of" in err
+    assert "30 images scored, 2 without a score" in err
+    frame = pd.read_parquet(out)
+    assert len(frame) == 32
+    assert frame["fusion"].isna().sum() == 2
+    assert set(frame["status"]) == {"ok", "no row with a score of max_logit"}
+
+
+def test_fuse_detectors_saves_one(data, tmp_path, capsys):
+    argv = ["--fit", data / "fit", "--id", data / "val", "--tpr", "0.9", "--out", tmp_path / "fused"]
+    code, out, err = run(capsys, "fuse", "--detector", "mcm", "knn", "--param", "k=3", "--combine", "cauchy", *argv)
+    assert (code, out) == (0, "")
+    assert "fusion: set to accept 90 % of ID images" in err
+    code, out, _ = run(capsys, "score", data / "noise", "--detector", tmp_path / "fused", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert rows[0].keys() == {"id", "label", "status", "fusion", "fusion.ood", "fusion.p_value"}
+    backbone = create_backbone("tiny")
+    mcm = create_detector("mcm", backbone=backbone, class_names=sorted(CLASSES))
+    fusion = Fusion([mcm, create_detector("knn", backbone=backbone, k=3)], combine="cauchy")
+    fusion.fit(data / "fit").calibrate(data / "val", 0.9)
+    np.testing.assert_allclose([row["fusion"] for row in rows], fusion.score(data / "noise").numpy(), rtol=1e-5)
+    argv = ["--id", data / "test", "--ood", data / "noise", "--out", tmp_path / "out"]
+    code, _, _ = run(capsys, "evaluate", "--detector", tmp_path / "fused", "mcm", *argv)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert code == 0
+    assert results["detectors"]["fusion"]["calibration"]["n"] == 32
+    assert results["detectors"]["fusion"]["params"]["members"] == ["mcm", "knn"]
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()[:200]
+
+
+def test_stacking_says_what_it_learned_from(tables, tmp_path, capsys):
+    scenes.write_folder(scenes.noise(25), tables / "many")
+    argv = ["--fit", tables / "fit", "--id", tables / "fit", "--labelled-ood", tables / "many", "--out"]
+    code, _, err = run(capsys, "fuse", "--detector", "mcm", "max_logit", "--combine", "stacking", *argv, tmp_path / "f")
+    assert code == 3
+    assert "16 calibration images are too few" in err
+    scenes.write_folder(scenes.render(CLASSES, 12, seed=7), tables / "more")
+    argv[3] = tables / "more"
+    code, _, err = run(capsys, "fuse", "--detector", "mcm", "max_logit", "--combine", "stacking", *argv, tmp_path / "f")
+    assert code == 0
+    assert "25 labelled OOD images and every second ID image" in err
+    saved = json.loads((tmp_path / "f" / "config.json").read_text())
+    assert saved["labelled_ood"]["images"] == 25
+    assert saved["calibration"]["n"] == 24
 
 
 def test_extract_fills_a_cache_that_score_uses(data, tmp_path, capsys):
@@ -188,6 +298,16 @@ MISTAKES = [
         3,
         "too few",
     ),
+    (["score", "{data}/test", "--detector", "mcm", "--fdr", "1.5"], 2, "--fdr 1.5 must lie between 0 and 1"),
+    (["score", "{data}/test", "--detector", "mcm", "--fdr", "0.1"], 4, "'mcm' is not: see `ood calibrate`"),
+    (["fuse"], 2, "either score tables"),
+    (["fuse", "a.parquet", "--detector", "mcm"], 2, "either score tables"),
+    (["fuse", "{data}/none.parquet", "--calibration", "{data}/none.parquet"], 3, "No score table"),
+    (["fuse", "{data}/none.parquet"], 2, "--calibration"),
+    (["fuse", "a.parquet", "--calibration", "b.parquet", "--out", "c.csv"], 2, "must end in .parquet"),
+    (["fuse", "a.parquet", "--calibration", "b.parquet", "--combine", "stacking"], 2, "--labelled-ood"),
+    (["fuse", "a.parquet", "--calibration", "b.parquet", "--labelled-ood", "c.parquet"], 2, "nothing else may see it"),
+    (["fuse", "--detector", "mcm", "knn", "--out", "{data}/o"], 2, "--id SOURCE and --out DIR"),
     (["extract", "{data}/test"], 2, "--cache"),
     (["extract", "{data}/test", "--needs", "image,texture", "--cache", "{data}/c"], 2, "'texture'"),
     (["report", "{data}"], 3, "results.json"),

@@ -13,11 +13,10 @@ from ood_core.detectors import broken_detectors, detector_class
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import extract
-from ood_core.fusion import Fusion
 from ood_core.metrics import auroc
 from PIL import Image
 
-CORE = ["energy", "gen", "gl_mcm", "knn", "mahalanobis", "max_logit", "mcm", "msp", "r_mcm", "vim"]
+CORE = ["energy", "gen", "gl_mcm", "knn", "linear_probe", "mahalanobis", "max_logit", "mcm", "msp", "r_mcm", "vim"]
 CLASSES = ["striped star", "dotted ring", "brick square", "glossy circle"]
 
 
@@ -216,9 +215,9 @@ def test_labels_are_matched_by_name_in_any_order(clustered):
     torch.testing.assert_close(there.score_features(test), here.score_features(test), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["knn", "mahalanobis", "vim", "msp", "energy", "gen", "max_logit"])
+@pytest.mark.parametrize("name", ["knn", "mahalanobis", "linear_probe", "vim", "msp", "energy", "gen", "max_logit"])
 def test_fitted_detectors_separate_clusters(name, clustered):
-    options = {"knn": {}, "mahalanobis": {}}.get(name, {"head": "probe"})
+    options = {"knn": {}, "mahalanobis": {}, "linear_probe": {}}.get(name, {"head": "probe"})
     detector = create_detector(name, **options).fit(clustered())
     score = auroc(detector.score_features(clustered(1)), detector.score_features(clustered(2, far=True)))
     assert score > 0.95
@@ -271,29 +270,6 @@ def test_knn_caps_a_small_bank_and_says_so(clustered, caplog):
     torch.testing.assert_close(
         detector.score_features(clustered(1)), functional.knn(clustered(1).image, train.image, k=7)
     )
-
-
-def test_fusion_normalises_on_id_only_and_round_trips(clustered, tmp_path):
-    train, val, test, far = clustered(), clustered(3), clustered(1), clustered(2, far=True)
-    members = [create_detector("knn", k=5), create_detector("mahalanobis")]
-    fused = Fusion(members).fit(train).calibrate(val)
-    shares = []
-    for member in members:
-        reference = member.score_features(val).numpy()
-        shares.append([(reference <= s).mean() for s in member.score_features(test).numpy()])
-    np.testing.assert_allclose(fused.score_features(test).numpy(), np.mean(shares, 0), rtol=1e-6)
-    assert auroc(fused.score_features(test), fused.score_features(far)) > 0.95
-    fused.save_pretrained(tmp_path / "fused")
-    loaded = Detector.from_pretrained(tmp_path / "fused")
-    assert torch.equal(loaded.score_features(test), fused.score_features(test))
-    assert torch.equal(loaded.is_ood(test), fused.is_ood(test))
-    with pytest.raises(NotFittedError, match="calibrate"):
-        Fusion(members).score_features(test)
-    with pytest.raises(UsageError, match="two or more"):
-        Fusion(members[:1])
-    constant = create_detector("knn", k=1).fit(val)
-    with pytest.raises(DataError, match=r"'constant'.*same score"):
-        Fusion({"constant": constant, "knn": members[0]}).calibrate(val)
 
 
 def test_text_is_averaged_over_templates(small_backbone):

@@ -140,6 +140,13 @@ def test_tables_join_by_id_not_by_position(clustered, tmp_path):
     second = ScoreTable.of(whole[order], {"y": whole.image[order, 0]})
     joined = first.join(second)
     assert (joined.frame["x"] == joined.frame["y"]).all()
+    assert second.join(first).frame["id"].tolist() == [whole.ids[i] for i in order]
+    assert joined.detectors == ["x", "y"]
+    assert joined.select(["y"]).detectors == ["y"]
+    with pytest.raises(UsageError, match="Unknown detector in this table 'z'"):
+        joined.select(["z"])
+    with pytest.raises(UsageError, match="missing='drop'"):
+        first.join(second, missing="drop")
     with pytest.raises(DataError, match="one of the two tables only"):
         first.join(ScoreTable.of(whole[1:], {"y": whole.image[1:, 0]}))
     with pytest.raises(DataError, match="'x' stands in both"):
@@ -156,6 +163,24 @@ def test_tables_join_by_id_not_by_position(clustered, tmp_path):
     pd.DataFrame({"id": ["a"]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(DataError, match="needs the columns"):
         ScoreTable.read(tmp_path / "other.parquet")
+
+
+def test_reasons_and_labels_survive_a_join():
+    def part(name, ids, failures=()):
+        labels, image = torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids), 2)
+        features = FeatureSet(ids=ids, labels=labels, label_names=["cat"], image=image, failures=list(failures))
+        return ScoreTable.of(features, {name: np.arange(len(ids))})
+
+    first = part("x", ["b", "a"], [("c", "is empty"), ("e", "is a film")])
+    second = part("y", ["d", "c", "b"], [("a", "is torn"), ("f", "is lost")])
+    joined = first.join(second, missing="record").frame
+    assert joined["id"].tolist() == ["b", "a", "c", "e", "d", "f"]
+    lost = "no row with a score of"
+    assert joined["status"].tolist() == ["ok", "is torn", "is empty", "is a film", f"{lost} x", "is lost"]
+    assert joined["label"].fillna("none").tolist() == ["cat", "cat", "none", "none", "cat", "none"]
+    assert joined["x"].dtype == joined["y"].dtype == np.float32
+    with pytest.raises(DataError, match="Image 'e' of 'id' stands in one of the two tables only"):
+        first.join(second)
 
 
 def test_unlabelled_features_have_no_labels(clustered):

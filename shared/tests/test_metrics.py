@@ -15,6 +15,7 @@ from ood_core.metrics import (
     auroc,
     evaluate_scores,
     fpr_at_tpr,
+    paired_bootstrap,
     paired_difference,
 )
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -592,6 +593,97 @@ def test_comparison_follows_the_seed_alone():
     first, same, other = (paired_difference(*a, *b, seed=s, bootstrap=100) for s in (3, 3, 4))
     assert first == same
     assert first.low != other.low
+
+
+def several_detectors(round_to=9):
+    """Scores of the same 83 ID images and two sets of OOD images by three detectors, with ties if rounded."""
+    rng = np.random.default_rng(11)
+    known, sets = rng.normal(1, 1, 83), {"near": rng.normal(0.3, 1, 41), "far": rng.normal(-1, 1, 29)}
+    noise = {"a": 0.1, "b": 0.5, "c": 2.0}
+
+    def seen(scores):
+        return {name: (scores + size * rng.normal(size=len(scores))).round(round_to) for name, size in noise.items()}
+
+    return seen(known), {name: seen(scores) for name, scores in sets.items()}
+
+
+@pytest.mark.parametrize("round_to", [9, 0])
+def test_paired_bootstrap_is_the_paired_difference_of_every_pair(round_to):
+    known, sets = several_detectors(round_to)
+    result = paired_bootstrap(known, {"near": sets["near"]}, reference="b", bootstrap=301, seed=4)
+    assert (result.reference, list(result.mean)) == ("b", ["a", "c"])
+    for name in ("a", "c"):
+        expected = paired_difference(
+            known[name], sets["near"][name], known["b"], sets["near"]["b"], bootstrap=301, seed=4
+        )
+        assert result.per_set[name]["near"] == result.mean[name] == expected
+
+
+def test_paired_bootstrap_draws_the_images_of_the_intervals():
+    # Against a detector without mistakes the difference is AUROC - 1, in every replicate.
+    known, sets = several_detectors(1)
+    known["perfect"] = np.full(83, np.inf)
+    for own in sets.values():
+        own["perfect"] = np.full(len(own["a"]), -np.inf)
+    result = paired_bootstrap(known, sets, bootstrap=200, seed=2)
+    assert result.reference == "perfect"
+    for name in "abc":
+        own = evaluate_scores(known[name], {s: sets[s][name] for s in sets}, bootstrap=200, seed=2)
+        rows = {"mean": (own.mean, result.mean[name])}
+        rows |= {s: (own.per_set[s], result.per_set[name][s]) for s in sets}
+        for figures, found in rows.values():
+            expected = [figures.auroc - 1, figures.auroc_low - 1, figures.auroc_high - 1]
+            np.testing.assert_allclose([found.difference, found.low, found.high], expected, rtol=0, atol=1e-12)
+
+
+def test_mean_difference_agrees_with_a_naive_loop():
+    known, sets = several_detectors()
+    result = paired_bootstrap(known, sets, bootstrap=4000).mean["b"]
+    rng = np.random.default_rng(0)
+    naive = []
+    for _ in range(1500):
+        i, draws = rng.integers(0, 83, 83), {s: rng.integers(0, len(sets[s]["a"]), len(sets[s]["a"])) for s in sets}
+        a, b = (np.mean([brute_auroc(known[n][i], sets[s][n][draws[s]]) for s in sets]) for n in ("a", "b"))
+        naive.append(b - a)
+    naive = np.array(naive)
+    np.testing.assert_allclose([result.low, result.high], np.quantile(naive, [0.025, 0.975]), atol=0.25 * naive.std())
+    assert result.p_value == pytest.approx(2 * min(share(naive <= 0), share(naive >= 0)), abs=0.04)
+
+
+def test_paired_bootstrap_compares_with_the_best_and_ignores_the_scale():
+    known, sets = several_detectors()
+    means = {n: np.mean([auroc(known[n], sets[s][n]) for s in sets]) for n in "abc"}
+    known["a"], sets = np.exp(known["a"]), {s: own | {"a": np.exp(own["a"])} for s, own in sets.items()}
+    result = paired_bootstrap(known, sets, bootstrap=50)
+    assert result.reference == max(means, key=means.get)
+    assert {n: row.difference for n, row in result.mean.items()} == pytest.approx(
+        {n: means[n] - means[result.reference] for n in means if n != result.reference}, abs=1e-12
+    )
+    twin = paired_bootstrap({"a": known["a"], "b": 2 * known["a"]}, {"s": {"a": [1.0], "b": [2.0]}}, bootstrap=20)
+    assert twin.mean["b"] == metrics.PairedDifference(0.0, 0.0, 0.0, 1.0)
+    layout = result.to_dict()
+    assert layout["detectors"]["c"]["per_set"]["far"]["p_value"] == result.per_set["c"]["far"].p_value
+    assert layout["detectors"]["c"]["average"]["low"] == result.mean["c"].low
+
+
+@pytest.mark.parametrize(
+    ("known", "sets", "options", "error", "match"),
+    [
+        ({"a": [1, 2], "b": [1]}, {"s": {"a": [0], "b": [0]}}, {}, ValueError, r"id_scores has \[2, 1\] scores"),
+        ({"a": [1], "b": [1]}, {"s": {"a": [0, 1], "b": [0]}}, {}, ValueError, r"\['s'\] has \[2, 1\] scores"),
+        ({"a": [1], "b": [1]}, {"s": {"a": [0]}}, {}, ValueError, "not of the detectors"),
+        ({"a": [1]}, {"s": {"a": [math.nan]}}, {}, ValueError, "NaN"),
+        ({"a": [1]}, {}, {}, ValueError, "at least one"),
+        ({}, {"s": {}}, {}, ValueError, "at least one"),
+        ([1], {"s": [1]}, {}, TypeError, "mappings"),
+        ({"a": [1]}, {"s": {"a": [0]}}, {"reference": "b"}, ValueError, "reference"),
+        ({"a": [1]}, {"s": {"a": [0]}}, {"bootstrap": 0}, ValueError, "bootstrap=0"),
+        ({"a": [1]}, {"s": {"a": [0]}}, {"seed": -1}, ValueError, "seed=-1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(known, sets, options, error, match):
+    with pytest.raises(error, match=match):
+        paired_bootstrap(known, sets, **options)
 
 
 def test_examples_in_the_documentation():

@@ -1,4 +1,5 @@
 import html
+import json
 import math
 import re
 import shutil
@@ -11,7 +12,9 @@ import pandas as pd
 import pytest
 from ood_core import report
 from ood_core.errors import DataError, UsageError
-from ood_core.metrics import auroc, evaluate_scores
+from ood_core.metrics import auroc, evaluate_scores, paired_bootstrap
+from ood_core.report import charts
+from ood_core.report import figures as data
 from PIL import Image
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -79,6 +82,12 @@ def make_results(table, bootstrap=0, **data):
     return {"schema": 1, "detectors": detectors, "environment": {}, "data": held | data}
 
 
+def compare(table, names, bootstrap=100):
+    """The record of the paired differences to the first of these detectors."""
+    parts = {s: {n: table.loc[table["source"] == s, n] for n in names} for s in table["source"].unique()}
+    return paired_bootstrap(parts.pop("id"), parts, reference=names[0], bootstrap=bootstrap).to_dict()
+
+
 def make_page(tmp_path, table, results=None, open_image=None, **options):
     path = report.write_report(tmp_path / "report.html", results or make_results(table), table, open_image, **options)
     text = path.read_text(encoding="utf-8")
@@ -142,7 +151,7 @@ def test_figures_and_bold_best(tmp_path):
     table = make_table(detectors=("mcm", "knn", "vim"), sets=("near", "far"))
     results = make_results(table, bootstrap=20)
     for place, name in enumerate(results["detectors"]):
-        results["detectors"][name]["id_accuracy"] = 0.5 + place / 10
+        results["detectors"][name]["accuracy"] = 0.5 + place / 10
     page, _ = make_page(tmp_path, table, results)
     groups = [e["text"] for e in page.all("th") if e["attrs"]["scope"] == "rowgroup"]
     assert groups == ["AUROC, % higher is better", "FPR95, % lower is better"]
@@ -168,9 +177,9 @@ def test_figures_and_bold_best(tmp_path):
 
 
 def test_best_bolds_printed_ties_and_no_lone_figure():
-    assert report.best([0.90001, 0.9, 0.8, math.nan], higher=True) == [True, True, False, False]
-    assert report.best([0.2, 0.1], higher=False) == [False, True]
-    assert report.best([0.9, math.nan], higher=True) == [False, False]
+    assert data.best([0.90001, 0.9, 0.8, math.nan], higher=True) == [True, True, False, False]
+    assert data.best([0.2, 0.1], higher=False) == [False, True]
+    assert data.best([0.9, math.nan], higher=True) == [False, False]
 
 
 def test_hostile_names_are_escaped(tmp_path):
@@ -199,7 +208,7 @@ def test_mistakes_are_the_extreme_rows(tmp_path):
     table = make_table(n_id=50, n_ood=25)
     table.loc[[0, 60], ["status", "mcm", "knn"]] = ["truncated", np.nan, np.nan]
     table["knn"] = table["knn"].round(1)
-    highest, lowest = report.confident_mistakes(table, "knn", 7)
+    highest, lowest = data.confident_mistakes(table, "knn", 7)
     rows = [row for row in table.itertuples() if row.status == "ok"]
     ood = sorted((row for row in rows if row.source != "id"), key=lambda row: -row.knn)[:7]
     known = sorted((row for row in rows if row.source == "id"), key=lambda row: row.knn)[:7]
@@ -219,8 +228,8 @@ def test_thumbnails_belong_to_the_best_detectors_mistakes(tmp_path):
         return None if len(asked) == 3 else Image.new(("RGBA", "L", "P", "CMYK")[len(asked) % 4], (3000, 8))
 
     page, _ = make_page(tmp_path, table, results, open_image, mistakes=5)
-    name = report.rank_detectors(results["detectors"])[0]
-    expected = pd.concat(report.confident_mistakes(table, name, 5))
+    name = data.rank_detectors(results["detectors"])[0]
+    expected = pd.concat(data.confident_mistakes(table, name, 5))
     assert asked == list(zip(expected["source"], expected["id"], strict=True))
     assert len(page.all("img")) == 8
     assert [e["text"] for e in page.all("div", "none")] == ["no image"] * 2
@@ -261,13 +270,13 @@ def test_thumbnails_belong_to_the_best_detectors_mistakes(tmp_path):
     ],
 )
 def test_histogram_counts_every_score(scores):
-    low, high = report.score_range([scores])
+    low, high = data.score_range([scores])
     assert -math.inf < low < high < math.inf
-    counts = report.histogram(scores, low, high)
+    counts = data.histogram(scores, low, high)
     assert counts.sum() == len(scores)
     inner = np.linspace(low, high, 41)[1:-1]
     assert counts[0] == (scores < inner[0]).sum()
-    ticks = [value for value, _ in report.ticks(low, high, 5)]
+    ticks = [value for value, _ in charts.ticks(low, high, 5)]
     margin = 1e-6 * (high - low)
     assert 1 <= len(ticks) <= 6
     assert low - margin <= min(ticks) <= max(ticks) <= high + margin
@@ -283,17 +292,17 @@ def test_ticks_are_round_numbers_with_texts_of_their_value():
         (0.99999, 1),
         (-0.3, 0.4),
     ]:
-        found = report.ticks(low, high, 5)
+        found = charts.ticks(low, high, 5)
         steps = np.diff([value for value, _ in found])
         assert len(found) >= 2
         assert np.allclose(steps, steps[0])
         assert all(float(text) == pytest.approx(value, rel=1e-9, abs=1e-20) for value, text in found)
-    assert [text for _, text in report.ticks(-0.3, 0.4, 5)] == ["-0.2", "0.0", "0.2", "0.4"]
+    assert [text for _, text in charts.ticks(-0.3, 0.4, 5)] == ["-0.2", "0.0", "0.2", "0.4"]
 
 
 def test_histogram_range_survives_outliers_and_small_sets():
     rng = np.random.default_rng(0)
-    low, high = report.score_range([np.append(rng.random(10_000), [1e9, -np.inf]), np.full(3, -5.0)])
+    low, high = data.score_range([np.append(rng.random(10_000), [1e9, -np.inf]), np.full(3, -5.0)])
     assert low == -5
     assert 0.9 < high < 1.1
 
@@ -302,7 +311,7 @@ def test_histogram_range_survives_outliers_and_small_sets():
 def test_roc_polyline(shift, round_to):
     rng = np.random.default_rng(5)
     known, unknown = rng.normal(shift, 1, 3001).round(round_to), rng.normal(0, 1, 1777).round(round_to)
-    x, y = report.roc_points(known, unknown)
+    x, y = data.roc_points(known, unknown)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     assert len(x) <= 200
     assert min(np.diff(x).min(), np.diff(y).min()) >= 0
@@ -314,9 +323,9 @@ def test_roc_polyline(shift, round_to):
 
 
 def test_roc_with_infinite_scores_and_single_images():
-    x, y = report.roc_points(np.array([np.inf]), np.array([-np.inf]))
+    x, y = data.roc_points(np.array([np.inf]), np.array([-np.inf]))
     assert (x.tolist(), y.tolist()) == ([0, 0, 1], [0, 1, 1])
-    x, y = report.roc_points(np.array([2.0]), np.array([2.0]))
+    x, y = data.roc_points(np.array([2.0]), np.array([2.0]))
     assert x.tolist() == y.tolist() == [0, 1]
 
 
@@ -324,7 +333,7 @@ def test_failures_are_counted_by_reason(tmp_path):
     table = make_table()
     table.loc[[1, 2, 61], ["status", "mcm", "knn"]] = ["truncated file", np.nan, np.nan]
     table.loc[5, "knn"] = np.nan
-    assert report.failures(table, ["mcm", "knn", "absent"]) == [
+    assert data.failures(table, ["mcm", "knn", "absent"]) == [
         ("id", "truncated file", 2, "id/1.png"),
         ("near", "truncated file", 1, "near/61.png"),
         ("id", "no score from knn", 1, "id/5.png"),
@@ -385,7 +394,7 @@ def test_threshold_line_stands_at_the_threshold(tmp_path):
     page, _ = make_page(tmp_path, table, results)
     lines = [e["attrs"]["d"] for e in page.all("path", "threshold")]
     assert len(lines) == 1 + len(plain.all("path", "threshold")) == 2
-    low, high = report.score_range(report.scores_by_source(table, "mcm").values())
+    low, high = data.score_range(data.scores_by_source(table, "mcm").values())
     left, right = 36, 200 - 10
     assert float(lines[1][1:].split()[0]) == pytest.approx(left + (1 - low) / (high - low) * (right - left), abs=0.06)
 
@@ -411,11 +420,201 @@ def test_many_detectors_and_rows_stay_small(tmp_path):
     assert len(styles) == 10
 
 
+def separated(**strengths):
+    """A table of detectors that see the same noise and separate ID from OOD by so much."""
+    table = make_table(detectors=())
+    noise = np.random.default_rng(3).normal(size=(2, len(table)))
+    for name, strength in strengths.items():
+        table[name] = (noise[0] + 0.2 * len(name) * noise[1] + strength * (table["source"] == "id")).astype(np.float32)
+    return table
+
+
+def test_differences_to_the_best_are_told(tmp_path):
+    table = separated(best=2.5, even=2.49, bad=0.5)
+    results = make_results(table)
+    plain, _ = make_page(tmp_path, table, results)
+    assert "Not distinguishable" not in plain.text
+    results["comparison"] = compare(table, ["best", "even", "bad"])
+    page, _ = make_page(tmp_path, table, results)
+    assert "Not distinguishable from it on these images: even." in page.all("p", "lead")[0]["text"]
+    cells = figure_cells(page)
+    rows = results["comparison"]["detectors"]
+    assert {name for metric, name, _ in cells if metric == "AUROC minus that of best"} == {"even", "bad"}
+    for name in rows:
+        for column in ("Average", "near", "far"):
+            own = rows[name]["average"] if column == "Average" else rows[name]["per_set"][column]
+            text = cells["AUROC minus that of best", name, column][0]
+            shown = re.findall(r"[+-]?\d+\.\d", text.split("p =")[0].replace("−", "-"))
+            expected = [100 * own[key] for key in ("difference", "low", "high")]
+            assert list(map(float, shown)) == pytest.approx(expected, abs=0.0501)
+            assert ("≈" in text) == (own["p_value"] > 0.05)
+            assert ("p = " in text) == (column == "Average")
+    del rows["even"]
+    alone, _ = make_page(tmp_path, table, results)
+    assert "Every other detector is below it" in alone.all("p", "lead")[0]["text"]
+
+
+def bar_lists(page):
+    """[{name: figure text}] of all lists of bars."""
+    lists = []
+    for element in page.elements:
+        if element["tag"] == "ul" and "bars" in (element["attrs"].get("class") or ""):
+            lists.append({})
+        elif element["tag"] == "li" and lists:
+            name = page.elements[page.elements.index(element) + 1]["attrs"].get("title")
+            if name:
+                lists[-1][name] = element["text"].removeprefix(name)
+    return lists
+
+
+def test_bars_show_every_figure_of_the_table(tmp_path):
+    table = make_table(detectors=("mcm", "knn"), sets=("near", "far"))
+    results = make_results(table, bootstrap=20)
+    results["detectors"]["mcm"]["per_set"]["far"] |= {"auroc": 0.34, "auroc_low": 0.31}
+    page, _ = make_page(tmp_path, table, results)
+    rows = [figure_cells(page)]
+    for place, column in enumerate(("Average", "near", "far")):
+        for name in ("mcm", "knn"):
+            assert bar_lists(page)[place][name] == f"{100 * on(results, name, column)['auroc']:.1f}"
+            assert rows[0]["AUROC", name, column][0].startswith(bar_lists(page)[place][name])
+    # The scale goes from 30 % to 100 %: 50 % lies at 2/7, 34 % and 31 % left of it.
+    assert "--guess:28.6%" in page.all("ul", "bars")[0]["attrs"]["style"]
+    fills = [e["attrs"]["style"] for e in page.all("i", "fill")]
+    assert "left:5.7%;width:22.9%" in fills
+    ranges = [e["attrs"]["style"] for e in page.all("i", "range")]
+    high = results["detectors"]["mcm"]["per_set"]["far"]["auroc_high"]
+    assert f"left:1.4%;width:{100 * (high - 0.31) / 0.7:.1f}%" in ranges
+
+
+def on(results, name, column):
+    entry = results["detectors"][name]
+    return entry["average"] if column == "Average" else entry["per_set"][column]
+
+
+def test_fusions_stand_beside_their_members(tmp_path):
+    table = separated(weak=0.4, strong=1.5, fused=2.2, other=1.0)
+    results = make_results(table)
+    without, _ = make_page(tmp_path, table, results)
+    assert "Fusions" not in without.text
+    results["detectors"]["fused"]["params"] = {"members": ["weak", "absent", "strong"]}
+    results["detectors"]["fused"]["against_members"] = compare(table, ["fused", "weak", "strong"])
+    page, _ = make_page(tmp_path, table, results)
+    assert [list(names) for names in bar_lists(page)[3:]] == [["fused", "strong", "weak"]] * 3
+    gain = on(results, "fused", "Average")["auroc"] - on(results, "strong", "Average")["auroc"]
+    own = results["detectors"]["fused"]["against_members"]["detectors"]["strong"]["average"]
+    assert own["difference"] == pytest.approx(-gain)
+    assert f"is {100 * gain:.1f} points above that of its best member here, strong" in page.text
+    assert f"difference +{-100 * own['high']:.1f} to +{-100 * own['low']:.1f}" in page.text
+    assert "strong (95 % interval" in page.text
+    del results["detectors"]["fused"]["against_members"]
+    bare, _ = make_page(tmp_path, table, results)
+    assert f"{100 * gain:.1f} points above that of its best member here, strong." in bare.text
+
+
+def test_calibration_curve_stands_where_the_figures_say(tmp_path):
+    table = make_table()
+    results = make_results(table)
+    assert "Calibration" not in make_page(tmp_path, table, results)[0].text
+    curve = {"nominal": [0.25, 0.5, 1.0], "accepted": [0.2, 0.6, 0.9]}
+    results["detectors"]["knn"] |= {"acceptance": curve, "tpr": 0.95, "id_accepted": 0.9, "calibration": {"n": 40}}
+    page, _ = make_page(tmp_path, table, results)
+    (line,) = page.all("polyline", "curve")
+    places = [tuple(map(float, pair.split(","))) for pair in line["attrs"]["points"].split()]
+    axes = charts.Axes(200, 190, (0.0, 1.0), (0.0, 1.0))
+    expected = [(axes.at_x(x), axes.at_y(y)) for x, y in zip(curve["nominal"], curve["accepted"], strict=True)]
+    assert places == [pytest.approx(place, abs=0.06) for place in expected]
+    assert "90.0\u00a0% accepted at 95.0\u00a0%" in page.text
+    band = page.elements[page.elements.index(line) - 2]
+    assert band["attrs"]["class"] == "id"
+    assert band["attrs"]["d"].count(",") == 6
+    results["detectors"]["knn"]["calibration"] = None
+    assert len(make_page(tmp_path, table, results)[0].all("polyline", "curve")) == 1
+
+
+@pytest.mark.parametrize(("known", "test"), [(60, 45), (200, 2000)])
+def test_acceptance_band_holds_what_it_says(known, test):
+    rng = np.random.default_rng(0)
+    nominal = np.array([0.1, 0.5, 0.8, 0.95])
+    low, high = data.acceptance_band(nominal, known, test)
+    # Scores uniform in (0, 1): a share 1 - t of all images is above t, and their number among the test is binomial.
+    calibration = np.sort(rng.random((4000, known)), axis=1)
+    thresholds = calibration[:, known - np.ceil(nominal * known - 1e-9).astype(int)]
+    accepted = rng.binomial(test, 1 - thresholds) / test
+    inside = ((low <= accepted) & (accepted <= high)).mean(axis=0)
+    assert np.all((inside > 0.935) & (inside < (0.99 if test < 100 else 0.965)))
+
+
+def red_box(*_):
+    return Image.new("RGB", (1700, 400), "red")
+
+
+def test_explanations_of_the_first_mistakes(tmp_path):
+    table = make_table(detectors=("mcm", "knn", "broken", "none"))
+    asked = []
+
+    def explain(detector, image):
+        asked.append((detector, image.getpixel((0, 0))))
+        if detector == "broken":
+            raise OSError("no memory")
+        return None if detector == "none" else red_box()
+
+    def open_image(source, image_id):
+        return Image.new("RGB", (40, 40), (sum(map(ord, image_id)) % 256, 0, 0))
+
+    results = make_results(table)
+    page, _ = make_page(tmp_path, table, results, open_image, mistakes=5, explained=2, explain_image=explain)
+    name = data.rank_detectors(results["detectors"])[0]
+    highest, lowest = data.confident_mistakes(table, name, 2)
+    ids = [highest["id"].iloc[0], lowest["id"].iloc[0], highest["id"].iloc[1], lowest["id"].iloc[1]]
+    order = data.rank_detectors(results["detectors"])
+    assert asked == [(d, open_image("", image_id).getpixel((0, 0))) for image_id in ids for d in order]
+    shown = [d for d in order if d in ("mcm", "knn")]
+    images = [e["attrs"] for e in page.all("img")]
+    assert len(images) == 10 + 8
+    assert [e["alt"] for e in images[10:]] == [f"How {d} came to its score of {i}" for i in ids for d in shown]
+    assert {(e["width"], e["height"]) for e in images[10:]} == {("1280", "301")}
+    captions = [e["text"] for e in page.all("figcaption") if ": score " in e["text"]]
+    scores = table.set_index("id")
+    assert captions == [f"{d}: score {scores.loc[i, d]:.5g}" for i in ids for d in shown]
+    assert len(page.all("h4")) == 4
+    bare, _ = make_page(tmp_path, table, results, open_image, explained=0, explain_image=explain)
+    assert not bare.all("h4")
+    unopened, _ = make_page(tmp_path, table, results, None, explain_image=explain)
+    assert not unopened.all("img")
+
+
+def test_explanations_do_not_make_the_page_heavy(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (500, 1280, 3), dtype=np.uint8))
+    table = make_table(detectors=("mcm", "knn", "vim"))
+    page, text = make_page(tmp_path, table, None, lambda *_: red_box(), explain_image=lambda *_: noise)
+    assert len(text) < 2_000_000
+    assert 1 <= len([e for e in page.all("img") if e["attrs"]["alt"].startswith("How")]) < 12
+    assert "Further pictures are left out" in page.text
+
+
+def test_headings_go_down_one_level_at_a_time(tmp_path):
+    table = make_table()
+    results = make_results(table, bootstrap=20)
+    results["detectors"]["mcm"]["params"] = {"members": ["knn"]}
+    page, _ = make_page(tmp_path, table, results, red_box, explain_image=red_box)
+    levels = [int(e["tag"][1]) for e in page.elements if re.fullmatch("h[1-6]", e["tag"])]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert max(np.diff(levels)) == 1
+    assert set(levels) == {1, 2, 3, 4}
+    assert page.all("html")[0]["attrs"]["lang"] == "en"
+    assert all(e["attrs"]["alt"] for e in page.all("img"))
+    assert all(e["attrs"].get("aria-label") or e["attrs"].get("aria-hidden") for e in page.all("svg"))
+
+
 def test_wrong_arguments(tmp_path):
     table = make_table()
     results = make_results(table)
     with pytest.raises(UsageError, match="mistakes=-1"):
         report.write_report(tmp_path / "r.html", results, table, mistakes=-1)
+    with pytest.raises(UsageError, match="explained=-1"):
+        report.write_report(tmp_path / "r.html", results, table, explained=-1)
     with pytest.raises(DataError, match="no detector"):
         report.write_report(tmp_path / "r.html", {"detectors": {}}, table)
     with pytest.raises(DataError, match="status"):
@@ -430,24 +629,94 @@ def test_report_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+# In a browser.
+
+
+def chromium(tmp_path, page, *switches):
+    """What chromium prints when it opens a page: (stdout, stderr)."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not installed: the page is not rendered")
+    common = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    common += "disable-component-update disable-sync hide-scrollbars enable-logging=stderr"
+    command = [program, *(f"--{switch}" for switch in common.split()), *switches]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    return done.stdout, done.stderr
+
+
+def full_report(tmp_path):
+    """A page with every section, long names, wide tables and pictures."""
+    sets = [f"a rather long name of set {i}" for i in range(7)]
+    table = make_table(
+        detectors=("mcm", "knn", "a detector of a very long name, longer than a phone is wide"), sets=sets
+    )
+    results = make_results(table, bootstrap=20, notes=["word" * 60])
+    names = data.rank_detectors(results["detectors"])
+    results["comparison"] = compare(table, names)
+    results["detectors"][names[1]] |= {"params": {"members": [names[0], names[2]]}, "calibration": {"n": 50}}
+    results["detectors"][names[1]]["acceptance"] = {"nominal": [0.2, 0.6, 1.0], "accepted": [0.1, 0.6, 1.0]}
+    results["environment"] = {"versions": {"a package": "1.0" * 50}}
+
+    def picture(*_):
+        return Image.new("RGB", (64, 64), "teal")
+
+    return report.write_report(tmp_path / "report.html", results, table, picture, explain_image=red_box)
+
+
+# A window is never as narrow as a phone, a frame is.
+FRAME = """<!DOCTYPE html>
+<style>:root { color-scheme: light dark } iframe { border: 0; width: WIDTHpx; height: 900px }</style>
+<iframe srcdoc="PAGE"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const [inner, page] = [frame.contentWindow, frame.contentDocument];
+  const box = element => element.getBoundingClientRect();
+  const beyond = element => box(element).right > inner.innerWidth + 1 && !element.closest(".wide");
+  const wide = [...page.querySelectorAll("body *")].filter(beyond);
+  const loaded = [...page.images].filter(i => i.complete && i.naturalWidth > 0 && box(i).width > 20);
+  document.documentElement.setAttribute("data-found", JSON.stringify({
+    width: inner.innerWidth, scroll: page.documentElement.scrollWidth, wide: wide.map(e => e.tagName + e.className),
+    images: page.images.length, loaded: loaded.length, paper: inner.getComputedStyle(page.body).backgroundColor}));
+};
+</script>"""
+
+
+def measured(tmp_path, width, scheme):
+    """What a script finds on the page from outside."""
+    page = html.escape(full_report(tmp_path).read_text(encoding="utf-8"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", str(width)).replace("PAGE", page), encoding="utf-8")
+    dom, _ = chromium(tmp_path, frame, "--dump-dom", f"--blink-settings=preferredColorScheme={scheme}")
+    return json.loads(html.unescape(re.search('data-found="([^"]*)"', dom)[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme", "paper"), [(390, 0, "rgb(21, 24, 28)"), (1200, 1, "rgb(255, 255, 255)")])
+def test_page_fits_every_width_and_shows_every_picture(tmp_path, width, scheme, paper):
+    found = measured(tmp_path, width, scheme)
+    assert (found["width"], found["scroll"], found["wide"]) == (width, width, [])
+    assert (found["images"], found["loaded"], found["paper"]) == (16 + 12, 16 + 12, paper)
+
+
+@pytest.mark.slow
+def test_browser_has_nothing_to_complain_about(tmp_path):
+    page = full_report(tmp_path)
+    shot = f"--screenshot={tmp_path / 'shot.png'}"
+    assert "CONSOLE" not in chromium(tmp_path, page, shot)[1]
+    # That a complaint would be seen: the page's own policy refuses a script.
+    page.write_text(page.read_text(encoding="utf-8") + "<script>1</script>", encoding="utf-8")
+    assert "CONSOLE" in chromium(tmp_path, page, shot)[1]
+
+
 @pytest.mark.slow
 def test_chromium_renders_the_page(tmp_path):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed: the page is not rendered")
-    table = make_table()
-    path = report.write_report(
-        tmp_path / "report.html", make_results(table), table, lambda *_: Image.new("RGB", (64, 64), "teal")
-    )
     shot = tmp_path / "shot.png"
-    switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    switches += "disable-component-update disable-sync hide-scrollbars window-size=1200,3000"
-    command = [chromium, *(f"--{switch}" for switch in switches.split())]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", path.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    chromium(tmp_path, full_report(tmp_path), "--window-size=1200,6000", f"--screenshot={shot}")
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB"))
-    assert pixels.shape == (3000, 1200, 3)
+    assert pixels.shape == (6000, 1200, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     teal = abs(pixels.astype(int) - [0, 128, 128]).max(axis=-1) < 8
     assert teal.sum() > 16 * 100**2

@@ -73,3 +73,8 @@ def test_mistakes(small_backbone, source):
     raw._set_backbone(small_backbone)
     with pytest.raises(NotFittedError):
         explain(raw, image)
+
+
+def test_reports_get_the_picture_of_the_explanation(detector, source):
+    image = source.open(2)
+    assert detector.explain_image(image).tobytes() == explain(detector, image).render().tobytes()

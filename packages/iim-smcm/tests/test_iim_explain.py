@@ -169,3 +169,8 @@ def test_what_cannot_be_explained_is_refused(smcm, tiny, images, tmp_path):
         explain(unfitted, images[0])
     with pytest.raises(UsageError, match=r"'.*why\.jpg' must end in \.png"):
         explain(smcm, images[0]).draw(tmp_path / "why.jpg")
+
+
+def test_reports_get_the_picture_of_the_explanation(iim, smcm, images):
+    for detector in (iim, smcm):
+        assert detector.explain_image(images[3]).tobytes() == explain(detector, images[3]).render().tobytes()

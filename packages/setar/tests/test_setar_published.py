@@ -1,8 +1,8 @@
 """The paper's tables as data: complete, in range, and their averages those of their columns but for the listed ones."""
 
 import pytest
+from ood_core._protocols.catalog import catalog
 from ood_core.errors import UsageError
-from ood_core.protocols import _data as protocol_data
 from ood_core.protocols import list_protocols
 from ood_setar._published import published_table
 
@@ -30,7 +30,7 @@ def test_other_tables_are_refused(number):
 
 
 def test_rows_are_of_the_protocols():
-    known = protocol_data()["protocols"]
+    known = catalog()["protocols"]
     ood = {known[name]["id"]: list(known[name]["ood"]) for name in list_protocols() if name.startswith("setar-")}
     assert published_table(3)["ood"] == ood
     assert all(list(row["ood"]) == ood[row["id"]] for row in published_table(1)["rows"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from ood_core._files import write_atomically
 from ood_core.errors import UsageError
@@ -91,6 +92,41 @@ def heat_map(title: str, values: np.ndarray, about: str, cell: int) -> Panel:
     """A value per patch [h, w], from its own lowest (dark) to its own highest (light)."""
     lines = [(SCALE[-1], f"max {values.max():.4g}"), (SCALE[0], f"min {values.min():.4g}"), (None, about)]
     return Panel(title, blocks(heat(values), cell), lines)
+
+
+def bars(values: Sequence[float], colors: Sequence[str], side: int) -> Image.Image:
+    """A square picture of columns side by side, the largest as high as the picture; a value of 0 is a line."""
+    picture = Image.new("RGB", (side, side), _PAPER)
+    draw, width, top = ImageDraw.Draw(picture), side / len(values), max(values) or 1
+    for place, (value, color) in enumerate(zip(values, colors, strict=True)):
+        left, right = round(place * width), round((place + 1) * width)
+        gap = min(8, (right - left) // 6)
+        draw.rectangle((left + gap, side - 1 - round(value / top * (side - 1)), right - 1 - gap, side - 1), fill=color)
+    return picture
+
+
+def histogram(values: Sequence[float], marks: Sequence[tuple[str, float]], side: int, bins: int = 24) -> Image.Image:
+    """How often values occur, as columns from the least to the largest, with lines (colour, value) across it."""
+    low, high = (limit([*values, *(value for _, value in marks)]) for limit in (min, max))
+    counts = np.histogram(np.asarray(values), bins=bins, range=(low, high if high > low else low + 1))[0].tolist()
+    picture = bars(counts, [OTHER] * bins, side)
+    draw = ImageDraw.Draw(picture)
+    for color, value in marks:
+        x = 2 + round((value - low) / (high - low or 1) * (side - 5))
+        draw.rectangle((x - 2, 0, x + 2, side - 1), fill=_PAPER)
+        draw.rectangle((x - 1, 0, x + 1, side - 1), fill=color)
+    return picture
+
+
+def grid(pictures: Sequence[Image.Image], side: int) -> Image.Image:
+    """Pictures row by row in a square, each whole and centred in its place."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    page, cell = Image.new("RGB", (side, side), _PAPER), side // columns
+    for place, picture in enumerate(pictures):
+        small = ImageOps.contain(picture, (cell - 4, cell - 4))
+        row, column = divmod(place, columns)
+        page.paste(small, (column * cell + (cell - small.width) // 2, row * cell + (cell - small.height) // 2))
+    return page
 
 
 def blocks(colors: np.ndarray, cell: int) -> Image.Image:

@@ -15,6 +15,7 @@ __all__ = ["examine"]
 
 _OPTIONAL = {
     "transformers": "backbones hf:...: pip install 'ood-core[transformers]'",
+    "pydicom": "DICOM images: pip install 'ood-core[dicom]'",
     "triton": "GPU kernels: comes with torch's CUDA builds on Linux",
     "ood-iim": "IIM and S-MCM: pip install ood-iim",
     "ood-setar": "SeTAR: pip install ood-setar",

@@ -6,30 +6,39 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
+from ood_core.calibration import features_hash
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
-from ood_core.errors import DataError, NotFittedError, UsageError
+from ood_core.errors import DataError, NotFittedError, OODError, UsageError
 from ood_core.features import FeatureSet, stream
-from ood_core.metrics import OODMetrics, evaluate_scores
+from ood_core.metrics import OODMetrics, evaluate_scores, paired_bootstrap
 from ood_core.scores import ScoreTable
 
 __all__ = ["Evaluation", "calibrate_detectors", "environment", "evaluate", "fit_detectors", "score"]
 
 Data = Any
-"""An image source, folder, manifest, parquet file, list of PIL images, or features extracted already."""
+"""An image source, folder, manifest, parquet file, list of PIL images, or features extracted already; for detectors
+of several backbones a list of features, one `FeatureSet` per backbone."""
+
+_NOMINAL = tuple(step / 40 for step in range(1, 41))
+"""TPRs of the calibration curve: steps of 2.5 %, so that 95 % is among them."""
+
+MEMBER = " > "
+"""Between the name of a fusion and that of its member, in the paths of `Detector._leaves`."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,15 @@ class Evaluation:
         results: figures as fractions, environment and data, as written to results.json.
         scores: one row per image, one column per detector.
         metrics: detector name -> its `OODMetrics`.
+        open_image: (set, id) -> the image, or None where only features are at hand.
+        explain_image: (detector name, image) -> `Detector.explain_image`.
     """
 
     results: dict[str, Any]
     scores: ScoreTable
     metrics: dict[str, OODMetrics]
     open_image: Callable[[str, str], Image.Image | None] = field(repr=False, default=lambda *_: None)
+    explain_image: Callable[[str, Image.Image], Image.Image | None] = field(repr=False, default=lambda *_: None)
 
     def to_frame(self) -> Any:
         """One row per detector and OOD set ("mean" included), metrics as fractions."""
@@ -83,7 +95,8 @@ class Evaluation:
         folder = Path(folder)
         self.scores.write(folder / "scores.parquet")
         write_json(folder / "results.json", self.results)
-        write_report(folder / "report.html", self.results, self.scores.frame, self.open_image)
+        page, table = folder / "report.html", self.scores.frame
+        write_report(page, self.results, table, self.open_image, explain_image=self.explain_image)
         return folder
 
 
@@ -161,13 +174,24 @@ def evaluate(
         "set_kinds": dict(set_kinds or {}),
         "notes": list(notes),
     }
-    results = {
+    results: dict[str, Any] = {
         "schema": 1,
         "detectors": {name: _figures(name, named[name], metrics[name], scores, accuracy) for name in named},
         "environment": environment(named.values()) | {"seconds": round(time.monotonic() - started, 2), "seed": seed},
         "data": data,
     }
-    found = Evaluation(results, scores, metrics, _image_opener(sets))
+    if bootstrap:
+        results["comparison"] = _compared(scores, _by_auroc(metrics), bootstrap, seed)
+        for name, detector in named.items():
+            if members := [member for member in detector.members if member in named]:
+                results["detectors"][name]["against_members"] = _compared(scores, [name, *members], bootstrap, seed)
+    found = Evaluation(
+        results,
+        scores,
+        metrics,
+        open_image=_image_opener(sets),
+        explain_image=lambda name, image: named[name].explain_image(image),
+    )
     if out is not None:
         found.write(out)
     return found
@@ -188,31 +212,107 @@ def score(
         The table, and what the set held: images scored, failures, fingerprint, and "accuracy" by detector of those
         that classify, where the labels are known classes.
     """
+    table, counts = score_leaves(_leaves(detectors), data, source=source, judged=detectors, **extraction)
+    return _assembled(table, detectors), counts
+
+
+def score_leaves(
+    leaves: Mapping[str, Detector], data: Data, *, source: str = "id", judged: Collection[str] = (), **extraction: Any
+) -> tuple[ScoreTable, dict[str, Any]]:
+    """`score` for detectors that see images, a member of several fusions only once.
+
+    Args:
+        leaves: by path (`Detector._leaves`).
+        data: the images or their features.
+        source: name of the set in the table.
+        judged: paths that are detectors of their own: their accuracy is counted.
+        **extraction: for `extract`.
+
+    Returns:
+        The table, one column per path, and what the set held.
+    """
+    unique = _unique(leaves, judged)
     tables: list[ScoreTable] = []
     correct: dict[str, list[Tensor]] = {}
-    for group, parts in _features_per_backbone(detectors, data, extraction):
+    for group, parts in _features_per_backbone(unique, data, extraction):
         rows, counts, fingerprint = [], [0, 0], ""
         for part in parts:
-            scores = {name: detector.score_features(part).numpy() for name, detector in group.items() if len(part)}
+            scores = {path: checked_scores(path, leaf, part) for path, leaf in group.items() if len(part)}
             rows.append(ScoreTable.of(part, scores, source=source))
-            for name, detector in group.items():
-                if len(part) and (hits := detector.correct(part)) is not None:
-                    correct.setdefault(name, []).append(hits)
+            for path, leaf in group.items():
+                if path in judged and len(part) and (hits := leaf.correct(part)) is not None:
+                    correct.setdefault(path, []).append(hits)
             counts = [counts[0] + len(part), counts[1] + len(part.failures)]
             fingerprint = part.source
         tables.append(ScoreTable.concatenate(rows))
     if not counts[0]:
         raise DataError(f"None of the {counts[1]} images of {source!r} could be decoded: {rows[0].frame['status'][0]}")
-    table = tables[0]
-    for other in tables[1:]:
-        table = table.join(other)
-    return table, {
+    return _with_every_path(_joined(tables), leaves, unique), {
         "images": sum(counts),
         "scored": counts[0],
         "failures": counts[1],
         "fingerprint": fingerprint,
         "accuracy": {name: torch.cat(hits).double().mean().item() for name, hits in correct.items()},
     }
+
+
+def _leaves(detectors: Mapping[str, Detector]) -> dict[str, Detector]:
+    return {path: leaf for name, detector in detectors.items() for path, leaf in detector._leaves(name).items()}
+
+
+def _unique(leaves: Mapping[str, Detector], judged: Collection[str]) -> dict[str, Detector]:
+    """The detectors to run: all judged ones, and members that are neither among these nor a member twice."""
+    chosen = {path: leaf for path, leaf in leaves.items() if path in judged}
+    seen = set(map(id, chosen.values()))
+    for path, leaf in leaves.items():
+        if id(leaf) not in seen:
+            chosen[path] = leaf
+            seen.add(id(leaf))
+    return chosen
+
+
+def _with_every_path(table: ScoreTable, leaves: Mapping[str, Detector], unique: Mapping[str, Detector]) -> ScoreTable:
+    own = {id(leaf): path for path, leaf in unique.items()}
+    others = {path: table.frame[own[id(leaf)]] for path, leaf in leaves.items() if path not in unique}
+    return ScoreTable(table.frame.assign(**others)) if others else table
+
+
+def _joined(tables: Sequence[ScoreTable]) -> ScoreTable:
+    table = tables[0]
+    for other in tables[1:]:
+        table = table.join(other)
+    return table
+
+
+def _assembled(table: ScoreTable, detectors: Mapping[str, Detector]) -> ScoreTable:
+    """The table of the detectors from that of their leaves."""
+    composed = {name: detector for name, detector in detectors.items() if detector.members}
+    if not composed:
+        return table
+    columns, made = columns_of(table), {}
+    for name, detector in composed.items():
+        made[name] = np.full(len(table.frame), np.nan, dtype=np.float32)
+        made[name][table.frame["status"] == "ok"] = detector._assemble(name, columns).numpy()
+    return ScoreTable(table.frame.assign(**made)).select(detectors)
+
+
+def columns_of(table: ScoreTable) -> dict[str, Tensor]:
+    """The scores of every column, of the images that could be read."""
+    frame = table.frame[table.frame["status"] == "ok"]
+    return {name: torch.from_numpy(frame[name].to_numpy(np.float32, copy=True)) for name in table.detectors}
+
+
+def checked_scores(path: str, detector: Detector, features: FeatureSet) -> Tensor:
+    """Scores of a detector; what goes wrong in a member of a fusion is told with its name."""
+    if MEMBER not in path:
+        return detector.score_features(features)
+    name = path.partition(MEMBER)[2]
+    try:
+        return detector.score_features(features)
+    except OODError as error:
+        raise type(error)(f"Member {name!r} cannot score: {error}") from error
+    except Exception as error:
+        raise DataError(f"Member {name!r} fails ({type(error).__name__}: {error}): leave it out.") from error
 
 
 def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extraction: Any) -> None:
@@ -226,11 +326,12 @@ def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extrac
     Raises:
         NotFittedError: a detector needs training and `data` is None.
     """
-    raw = {name: detector for name, detector in detectors.items() if not detector.fitted}
+    leaves = _unique(_leaves(detectors), detectors)
+    raw = {name: detector for name, detector in leaves.items() if not detector.fitted}
     if raw and data is None:
         raise NotFittedError(f"{', '.join(map(repr, raw))} must be fitted: give labelled ID images (fit=, --fit).")
     for name in [name for name, detector in raw.items() if detector.fits_on_images]:
-        if isinstance(data, FeatureSet):
+        if is_features(data):
             raise UsageError(f"{name!r} is fitted on images, not on features: give an image source (fit=, --fit).")
         raw.pop(name).fit(data)  # type: ignore[arg-type]  # such a detector's `fit` takes images
     for group, parts in _features_per_backbone(raw, data, extraction) if raw else ():
@@ -248,10 +349,21 @@ def calibrate_detectors(detectors: Mapping[str, Detector], data: Data, *, tpr: f
         tpr: share of them to accept.
         **extraction: for `extract`.
     """
-    for group, parts in _features_per_backbone(detectors, data, extraction):
+    leaves = _leaves(detectors)
+    unique = _unique(leaves, detectors)
+    shared = {id(leaf) for path, leaf in leaves.items() if path not in detectors}
+    tables, data_hash = [], ""
+    for group, parts in _features_per_backbone(unique, data, extraction):
         features = FeatureSet.concatenate(list(parts))
-        for detector in group.values():
-            detector.calibrate(features, tpr)
+        for leaf in (leaf for path, leaf in group.items() if path in detectors):
+            leaf.calibrate(features, tpr)
+        if members := [path for path, leaf in group.items() if id(leaf) in shared]:
+            tables.append(ScoreTable.of(features, {p: checked_scores(p, group[p], features) for p in members}))
+        data_hash = features_hash(features.source, features.ids)
+    columns = columns_of(_with_every_path(_joined(tables), leaves, unique)) if shared else {}
+    for name, detector in detectors.items():
+        if detector.members:
+            detector._calibrate_members(name, columns, tpr, data_hash)  # type: ignore[attr-defined]  # a Fusion
 
 
 def _by_name(detectors: Detector | Sequence[Detector] | Mapping[str, Detector]) -> dict[str, Detector]:
@@ -274,6 +386,9 @@ def _features_per_backbone(
     if isinstance(data, FeatureSet):
         yield dict(detectors), [data]
         return
+    if is_features(data):
+        yield from _features_by_fingerprint(detectors, data)
+        return
     groups: dict[str, tuple[Backbone, dict[str, Detector]]] = {}
     for name, detector in detectors.items():
         backbone = detector._required_backbone()
@@ -284,6 +399,45 @@ def _features_per_backbone(
         yield group, stream(backbone, source, needs=needs, **extraction)
 
 
+def is_features(data: Data) -> bool:
+    """Whether data are features, of one backbone or a list of several."""
+    if isinstance(data, list | tuple):
+        return bool(data) and all(isinstance(part, FeatureSet) for part in data)
+    return isinstance(data, FeatureSet)
+
+
+def _features_by_fingerprint(
+    detectors: Mapping[str, Detector], sets: Sequence[FeatureSet]
+) -> Iterator[tuple[dict[str, Detector], list[FeatureSet]]]:
+    """Features of several backbones, each with the detectors of that backbone."""
+    groups: dict[str, dict[str, Detector]] = {features.fingerprint: {} for features in sets}
+    if len(groups) < len(sets):
+        raise UsageError("Two of the feature sets are of the same backbone: give one per backbone.")
+    for name, detector in detectors.items():
+        fingerprint = detector._backbone_record.get("fingerprint", "")
+        if fingerprint not in groups:
+            wanted = detector._backbone_record.get("spec", "an unknown backbone")
+            given = ", ".join(repr(features.backbone) for features in sets)
+            raise UsageError(f"{name!r} is of {wanted!r}, of which there are no features: these are of {given}.")
+        groups[fingerprint][name] = detector
+    yield from ((groups[features.fingerprint], [features]) for features in sets if groups[features.fingerprint])
+
+
+def _by_auroc(metrics: Mapping[str, OODMetrics]) -> list[str]:
+    return sorted(metrics, key=lambda name: -metrics[name].mean.auroc)
+
+
+def _compared(scores: ScoreTable, names: Sequence[str], bootstrap: int, seed: int) -> dict[str, Any] | None:
+    """The other detectors against the first, on images that all have scored; None if there is nothing to compare."""
+    frame = scores.frame[scores.frame["status"] == "ok"].dropna(subset=list(names))
+    parts = {source: frame[frame["source"] == source] for source in scores.sources}
+    if len(names) < 2 or not all(len(part) for part in parts.values()):
+        return None
+    columns = {source: {name: part[name].to_numpy() for name in names} for source, part in parts.items()}
+    known = columns.pop("id")
+    return paired_bootstrap(known, columns, reference=names[0], bootstrap=bootstrap, seed=seed).to_dict()
+
+
 def _figures(
     name: str, detector: Detector, metrics: OODMetrics, scores: ScoreTable, accuracy: dict[str, float]
 ) -> dict[str, Any]:
@@ -291,7 +445,7 @@ def _figures(
     figures = {
         "average": content["average"],
         "per_set": content["per_set"],
-        "params": detector.get_params(),
+        "params": detector.get_params() | detector.stamps,
         "template": detector.template,
         "prompt_hash": _prompt_hash(detector),
     }
@@ -299,6 +453,10 @@ def _figures(
         figures["accuracy"] = accuracy[name]
     if detector.threshold is not None:
         figures |= {"threshold": detector.threshold, "tpr": detector.tpr}
+        if detector.calibration is not None:
+            figures["calibration"] = detector.calibration.describe()
+            accepted = detector.calibration.accepted(torch.tensor(scores.scores(name, "id")), _NOMINAL)
+            figures["acceptance"] = {"nominal": list(_NOMINAL), "accepted": accepted}
         figures["id_accepted"] = float((scores.scores(name, "id") >= detector.threshold).mean())
     return figures
 
@@ -331,7 +489,7 @@ def _version(distribution: str) -> str | None:
 
 def _backbones(detectors: Iterable[Detector]) -> list[dict[str, str]]:
     found = {}
-    for detector in detectors:
+    for detector in _leaves({str(i): detector for i, detector in enumerate(detectors)}).values():
         if detector._backbone is not None:
             backbone = detector._backbone
             found[backbone.fingerprint] = {
@@ -346,8 +504,9 @@ def _backbones(detectors: Iterable[Detector]) -> list[dict[str, str]]:
 def _describe_data(data: Data | None) -> dict[str, Any] | None:
     if data is None:
         return None
-    if isinstance(data, FeatureSet):
-        return {"images": len(data), "fingerprint": data.source}
+    if is_features(data):
+        features = data if isinstance(data, FeatureSet) else data[0]
+        return {"images": len(features), "fingerprint": features.source}
     source = open_source(data)
     return {"images": len(source), "fingerprint": source.fingerprint}
 
@@ -357,7 +516,7 @@ def _image_opener(sets: Mapping[str, Data]) -> Callable[[str, str], Image.Image 
     sources: dict[str, tuple[ImageSource, dict[str, int]]] = {}
 
     def open_image(name: str, image_id: str) -> Image.Image | None:
-        if isinstance(sets[name], FeatureSet):
+        if is_features(sets[name]):
             return None
         if name not in sources:
             source = open_source(sets[name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "CONVENTIONS",
+    "Comparison",
     "OODMetrics",
     "PairedDifference",
     "SetMetrics",
@@ -17,6 +18,7 @@ __all__ = [
     "auroc",
     "evaluate_scores",
     "fpr_at_tpr",
+    "paired_bootstrap",
     "paired_difference",
 ]
 
@@ -328,6 +330,146 @@ def paired_difference(
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The AUROC of several detectors minus that of one of them, all on the same images.
+
+    Attributes:
+        reference: the detector that the others are compared with.
+        mean: every other detector -> the difference of the plain means over the OOD sets.
+        per_set: every other detector -> OOD set -> the difference.
+        bootstrap: replicates behind the intervals and p-values.
+        seed: seed of the replicates.
+    """
+
+    reference: str
+    mean: dict[str, PairedDifference]
+    per_set: dict[str, dict[str, PairedDifference]]
+    bootstrap: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and strings, ready for JSON, in the layout of `OODMetrics.to_dict`."""
+        rows = {
+            name: {
+                "average": asdict(self.mean[name]),
+                "per_set": {source: asdict(row) for source, row in self.per_set[name].items()},
+            }
+            for name in self.mean
+        }
+        return {"reference": self.reference, "bootstrap": self.bootstrap, "seed": self.seed, "detectors": rows}
+
+
+def paired_bootstrap(
+    id_scores: Mapping[str, Scores],
+    ood_scores: Mapping[str, Mapping[str, Scores]],
+    *,
+    reference: str | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare the AUROC of several detectors with that of one, each pair on the same resampled images.
+
+    The images drawn are those of `evaluate_scores` with the same seed: one ID resample per replicate for all sets, so
+    that the difference of the means accounts for the shared ID images. Each detector is compared on its own; the
+    p-values are not corrected for the number of detectors.
+
+    Args:
+        id_scores: detector -> [N] scores of the ID images, in the same order for all.
+        ood_scores: OOD set -> detector -> [M] scores of its images, in the same order for all.
+        reference: the detector to compare with; None for the one of highest mean AUROC.
+        bootstrap: replicates, at least 1.
+        seed: seed of the replicates.
+
+    Raises:
+        TypeError: scores that are not numbers, or sets that are not mappings from names.
+        ValueError: empty scores, NaN, not one-dimensional, no OOD set, sets or detectors of different numbers of
+            images, other detectors in a set than in `id_scores`, an unknown `reference`, `bootstrap` below 1, or a
+            negative `seed`.
+
+    Example:
+        >>> known = {"a": [3, 2], "b": [3, 1]}
+        >>> compared = paired_bootstrap(known, {"far": {"a": [1, 0], "b": [2, 0]}})
+        >>> compared.reference, compared.mean["b"].difference
+        ('a', -0.25)
+    """
+    bootstrap, seed = _check_count("bootstrap", bootstrap, low=1), _check_count("seed", seed)
+    standings = _check_detectors(id_scores, ood_scores)
+    names, ones = list(standings), [np.ones(size, np.int64) for size in standings[next(iter(standings))].sizes]
+    points = np.array([standing.aurocs(ones) for standing in standings.values()])
+    best = names.index(_check_reference(reference, names)) if reference else int(points[:, 0].argmax())
+    replicates = _paired_replicates(list(standings.values()), bootstrap, seed)
+    rows = {
+        name: [_difference(*pair) for pair in zip(points[row] - points[best], spread, strict=True)]
+        for row, name in enumerate(names)
+        if row != best
+        for spread in [(replicates[:, row] - replicates[:, best]).T]
+    }
+    per_set = {name: dict(zip(ood_scores, row[1:], strict=True)) for name, row in rows.items()}
+    return Comparison(names[best], {name: row[0] for name, row in rows.items()}, per_set, bootstrap, seed)
+
+
+def _difference(point: float, replicates: Array) -> PairedDifference:
+    low, high = _interval(replicates)
+    return PairedDifference(float(point), float(low), float(high), _p_value(replicates))
+
+
+def _paired_replicates(standings: Sequence[_Standing], count: int, seed: int) -> Array:
+    """AUROC of replicates [count, detectors, 1 + sets], of the mean first; all detectors see the same images."""
+    sizes = standings[0].sizes
+    rngs = [np.random.default_rng((seed, place)) for place in range(len(sizes))]
+    result = np.empty((count, len(standings), len(sizes)))
+    # One replicate at a time: its counts then stay in the processor's cache.
+    for row in result:
+        counts = [_resample(rng, size) for rng, size in zip(rngs, sizes, strict=True)]
+        row[:] = [standing.aurocs(counts) for standing in standings]
+    return result
+
+
+def _resample(rng: np.random.Generator, size: int) -> Array:
+    """How often each image is drawn."""
+    return np.bincount(rng.integers(0, size, size), minlength=size)
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """One detector's sort of the ID images, and where the OOD images of every set fall in it.
+
+    The AUROC of any resample of images then takes no further sort, only the counts of the images.
+    """
+
+    order: Array
+    falls: list[tuple[Array, Array]]
+
+    @classmethod
+    def of(cls, id_scores: Array, ood_scores: Sequence[Array]) -> _Standing:
+        order = np.argsort(id_scores, kind="stable")
+        ranked = id_scores[order]
+        sides = [(np.searchsorted(ranked, own, "left"), np.searchsorted(ranked, own, "right")) for own in ood_scores]
+        return cls(order, sides)
+
+    @property
+    def sizes(self) -> list[int]:
+        """ID images, then OOD images of every set."""
+        return [len(self.order), *(len(below) for below, _ in self.falls)]
+
+    def aurocs(self, counts: Sequence[Array]) -> list[float]:
+        """The mean over sets, then every set, with as many copies of each image as the counts in `sizes` say."""
+        id_counts, *ood_counts = counts
+        passed = np.concatenate([[0], np.cumsum(id_counts[self.order])])
+        found = [
+            _share_won(passed[below] + passed[upto], own, passed[-1])
+            for (below, upto), own in zip(self.falls, ood_counts, strict=True)
+        ]
+        return [float(np.mean(found)), *found]
+
+
+def _share_won(lost: Array, ood_counts: Array, n_id: int) -> float:
+    # In integers (twice the pairs, for the halves of ties), as in `_Tally.auroc`.
+    pairs = 2 * int(n_id) * int(ood_counts.sum())
+    return (pairs - int(ood_counts @ lost)) / pairs
+
+
+@dataclass(frozen=True)
 class _Ranking:
     """The one sort: the place of every image among the distinct scores, 0 = the highest."""
 
@@ -526,6 +668,36 @@ def _check_pair(id_a: Scores, ood_a: Scores, id_b: Scores, ood_b: Scores) -> tup
             lengths = f"{a} has {len(scores[a])} scores and {b} has {len(scores[b])}"
             raise ValueError(f"{lengths}: a paired comparison needs both detectors' scores of the same images.")
     return _Ranking.of(scores["id_a"], scores["ood_a"]), _Ranking.of(scores["id_b"], scores["ood_b"])
+
+
+def _check_detectors(
+    id_scores: Mapping[str, Scores], ood_scores: Mapping[str, Mapping[str, Scores]]
+) -> dict[str, _Standing]:
+    """Every detector's standing, of scores of the same images."""
+    if not isinstance(id_scores, Mapping) or not isinstance(ood_scores, Mapping):
+        raise TypeError("id_scores and ood_scores must be mappings: {detector: scores}, {set: {detector: scores}}.")
+    if not id_scores or not ood_scores:
+        raise ValueError("A comparison needs at least one detector and one OOD set.")
+    names = list(id_scores)
+    known = _check_same_images("id_scores", id_scores, names)
+    sets = [_check_same_images(f"ood_scores[{name!r}]", own, names) for name, own in ood_scores.items()]
+    return {name: _Standing.of(known[name], [own[name] for own in sets]) for name in names}
+
+
+def _check_same_images(name: str, scores: Mapping[str, Scores], detectors: list[str]) -> dict[str, Array]:
+    if set(scores) != set(detectors):
+        raise ValueError(f"{name} has scores of {sorted(scores)}, not of the detectors {sorted(detectors)}.")
+    values = {detector: _check_scores(f"{name} of {detector!r}", scores[detector]) for detector in detectors}
+    sizes = [len(own) for own in values.values()]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{name} has {sizes} scores of {detectors}: a comparison needs scores of the same images.")
+    return values
+
+
+def _check_reference(reference: str, detectors: list[str]) -> str:
+    if reference not in detectors:
+        raise unknown_name("reference", reference, detectors)
+    return reference
 
 
 def _check_convention(convention: str) -> str:

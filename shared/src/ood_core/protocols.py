@@ -1,55 +1,53 @@
 """Benchmarks of the papers, found as they lie on a user's disk.
 
 What is looked for stands in `protocols_data/*.json`. "protocols" name an ID set and, by OOD set, the split taken.
-"sets" have: `folders` by split, of which the first that is there counts; `images` expected by split; where they are
-`published`. A set with one folder per class also has `class_count` and files of `class_names`. Where `wnid_folders`
-is true these folders are named by WordNet id, and a set of some classes only has: `subset_of` another set, whose
-folders are looked up after its own, with either `half` of the classes or a list of `classes` (with or without names)
-that a file `class_list` replaces. Elsewhere `classes` are the names of the folders, in the order of the labels.
+They may have: a `title` other than the ID set's name; `kinds` ("near" or "far") by OOD set; the `convention` of their
+FPR; `notes`; `sets`, where an OOD set has another entry than its name says; `shifted`, further sets whose images of
+the ID classes join the test images; `shots`, how many training images per class are learned from, the others setting
+thresholds; `leave_out`, how many ID classes are unknown at a time, a task for each choice.
+
+"sets" have: `places` by split ("train", "calibration", "test"), of which the first that is there counts: a folder, a
+table, `FILE.parquet:split`, or a list of images, which lie at one of the `image_places`; `images` expected by split;
+where they are `published`. A set with one folder per class also has `class_count` and files of `class_names`. Where
+`wnid_folders` is true these folders are named by WordNet id, and a set of some classes only has: `subset_of` another
+set, whose places are looked up after its own, with either `half` of the classes, or all but those of another set
+(`others_of`), or a list of `classes` (with or without names) that a file `class_list` replaces. Elsewhere `classes`
+are the names of the folders, in the order of the labels, with or without names for prompts; without them every label
+is a class.
+
+Packages add protocols with an entry point in the group `ood.protocols`: `name = "package.module:CONTRIBUTION"`, a
+`ContributedProtocol`.
 """
 
 from __future__ import annotations
 
-__all__ = ["FoundSet", "Protocol", "describe", "find_protocol", "inspect_protocol", "list_protocols"]
+__all__ = [
+    "ContributedProtocol",
+    "FoundSet",
+    "Protocol",
+    "describe",
+    "find_protocol",
+    "find_tasks",
+    "inspect_protocol",
+    "list_protocols",
+    "summarise_protocol",
+]
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.resources import files
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ood_core.data.sources import ImageSource, PathLike, open_source
-from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
-from ood_core.prompts import imagenet_names, read_class_names
-
-_WNID = re.compile(r"n\d{8}")
-
-
-@dataclass(frozen=True)
-class FoundSet:
-    """One image set of a protocol, found or not.
-
-    Attributes:
-        name: "train", "test" or the name of an OOD set.
-        path: where it was found.
-        images: how many were found.
-        expected: how many the paper's set has; None where that is not known.
-        error: why it cannot be used.
-        source: the images.
-    """
-
-    name: str
-    path: Path | None
-    images: int
-    expected: int | None
-    error: MissingDataError | DataError | None = None
-    source: ImageSource | None = field(default=None, repr=False)
+from ood_core._protocols.catalog import catalog, set_entry, tasks_of
+from ood_core._protocols.names import class_names as names_of_classes
+from ood_core._protocols.sets import FoundSet, look
+from ood_core.data.fewshot import FewShot
+from ood_core.data.joined import JoinedSources
+from ood_core.data.sources import ImageSource, PathLike
+from ood_core.errors import UsageError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Protocol:
 
     Attributes:
         name: as in `list_protocols`.
-        title: the ID set as the papers call it.
+        title: the ID set, or the benchmark, as the papers call it.
         class_names: C names, in the order of the labels 0..C-1.
         wnids: C WordNet ids, in the same order; none where the class folders have names.
         train: ID training images, or None; its `label_names` are the class names, as are those of `test`.
@@ -66,6 +64,9 @@ class Protocol:
         ood: OOD images by name, in the paper's order.
         found: the same sets with paths and counts.
         notes: what differs from the paper's benchmark.
+        calibration: held-out ID images that set thresholds, or None.
+        kinds: "near" or "far" by OOD set, where the benchmark says so.
+        convention: of its FPR, see `metrics.fpr_at_tpr`.
     """
 
     name: str
@@ -77,35 +78,104 @@ class Protocol:
     ood: dict[str, ImageSource]
     found: list[FoundSet]
     notes: list[str]
+    calibration: ImageSource | None = None
+    kinds: dict[str, str] = field(default_factory=dict)
+    convention: str = "standard"
 
     def describe(self) -> str:
         """What was found where, for people."""
         head = f"{self.name}: {len(self.class_names)} classes, {self.class_names[0]!r} to {self.class_names[-1]!r}"
         return "\n".join([head, describe(self.found), *(f"Note: {note}" for note in self.notes)])
 
+    def by_wnid(self) -> Protocol:
+        """The same with WordNet ids for class names; itself where the class folders have names."""
+        if not self.wnids:
+            return self
+        train, held = (None if s is None else _named(s, self.wnids) for s in (self.train, self.calibration))
+        test = _named(self.test, self.wnids)
+        return replace(self, class_names=list(self.wnids), train=train, calibration=held, test=test)
+
+
+@dataclass(frozen=True)
+class ContributedProtocol:
+    """A protocol that a package adds.
+
+    Attributes:
+        title: the ID set as the papers call it.
+        kinds: "near", "far" or "" by OOD set.
+        inspect: the sets below a folder, found or not.
+        find: the tasks below a folder, each a `Protocol` whose name starts with that of the entry point.
+
+    Example:
+        >>> mine = ContributedProtocol("Mine", {"others": "near"}, inspect=lambda root: [], find=lambda root: [])
+        >>> list(mine.kinds)
+        ['others']
+    """
+
+    title: str
+    kinds: Mapping[str, str]
+    inspect: Callable[[Path], list[FoundSet]]
+    find: Callable[[Path], list[Protocol]]
+
 
 def list_protocols() -> list[str]:
-    """The known protocols.
+    """The known protocols, those of other packages last.
 
     Example:
         >>> list_protocols()[:2]
         ['imagenet-1k', 'imagenet-500-easy']
     """
-    return list(_data()["protocols"])
+    own = [name for name, entry in catalog()["protocols"].items() if "task_of" not in entry]
+    return own + sorted(set(_entry_points()) - set(own))
+
+
+def summarise_protocol(name: str) -> dict[str, Any]:
+    """What a protocol is, without any data.
+
+    Args:
+        name: of `list_protocols`, or a task.
+
+    Returns:
+        "name", "title" (the ID set), "sets" (OOD set -> "near", "far" or ""), and where there are any "tasks",
+        "convention" and "notes"; or "name" and "error", where the package that adds it cannot be imported.
+
+    Raises:
+        UsageError: an unknown protocol.
+
+    Example:
+        >>> summarise_protocol("imagenet-10")["sets"]
+        {'ImageNet-20': 'near'}
+    """
+    if family := _family(name):
+        try:
+            added = _load(family)
+        except UsageError as error:
+            return {"name": name, "error": str(error)}
+        return {"name": name, "title": added.title, "sets": dict(added.kinds)}
+    entry = catalog()["protocols"][name]
+    tasks = tasks_of(name)
+    task = catalog()["protocols"][tasks[0]]
+    sets = {other: task.get("kinds", {}).get(other, "") for other in task["ood"]}
+    about = {"name": name, "title": _title(entry), "sets": sets} | ({"tasks": tasks} if tasks != [name] else {})
+    return about | {key: entry[key] for key in ("convention", "notes") if key in entry}
+
+
+def _title(entry: Mapping[str, Any]) -> str:
+    return entry.get("title") or entry["id"]
 
 
 def inspect_protocol(name: str, root: PathLike, overrides: Mapping[str, PathLike] | None = None) -> list[FoundSet]:
     """Look for the sets of a protocol without asking that they be there: the dry run of `find_protocol`.
 
     Args:
-        name: of `list_protocols`.
+        name: of `list_protocols`, or a task.
         root: the folder with all data.
-        overrides: other places, by "train", "test", OOD set or "class_list" (a file of wnids, one per line). An
-            image set may be a folder or whatever else `open_source` takes; an ID set has wnids, or the names of
-            the protocol's class folders, as labels.
+        overrides: other places, by "train", "calibration", "test", OOD set or "class_list" (a file of wnids, one per
+            line). An image set may be a folder, an image list (.txt) or whatever else `open_source` takes; an ID set
+            has wnids, or the names of the protocol's class folders, as labels.
 
     Returns:
-        "train", "test" and the OOD sets in the paper's order.
+        "train", "calibration" if the protocol has it, "test" and the OOD sets in the paper's order.
 
     Raises:
         UsageError: an unknown protocol, or an override of a set that it does not have.
@@ -115,7 +185,10 @@ def inspect_protocol(name: str, root: PathLike, overrides: Mapping[str, PathLike
         >>> print(describe(inspect_protocol("imagenet-1k", "/data")))  # doctest: +SKIP
         train  1,281,167 of 1,281,167  /data/imagenet/train
     """
-    return _inspect(name, root, overrides)[0]
+    if family := _family(name):
+        _refuse_options(name, overrides)
+        return _load(family).inspect(Path(root).expanduser())
+    return look(name, root, overrides)[0]
 
 
 def describe(found: Sequence[FoundSet]) -> str:
@@ -129,7 +202,7 @@ def describe(found: Sequence[FoundSet]) -> str:
     wide, wider = max(len(row.name) for row in found), max(map(len, counts))
     return "\n".join(
         f"{row.name:{wide}}  {count:>{wider}}  {row.error or row.path}"
-        + ("  (the count differs)" if _differs(row) else "")
+        + ("  (the count differs)" if row.differs else "")
         for row, count in zip(found, counts, strict=True)
     )
 
@@ -140,6 +213,7 @@ def find_protocol(
     *,
     overrides: Mapping[str, PathLike] | None = None,
     class_names_file: PathLike | None = None,
+    seed: int = 0,
 ) -> Protocol:
     """Find a protocol's images and class names.
 
@@ -147,16 +221,17 @@ def find_protocol(
     that differ from the paper's go into the notes.
 
     Args:
-        name: of `list_protocols`.
+        name: of `list_protocols`, or a task.
         root: the folder with all data.
         overrides: see `inspect_protocol`.
         class_names_file: lines of wnid, space, name, or of names in the order of the labels. By default the one
             beside the images, else CLIP's names, or those of the class folders.
+        seed: of the few-shot draw, where the protocol has one.
 
     Raises:
-        UsageError: an unknown protocol, or an override of a set that it does not have.
-        MissingDataError: a set or file that is not there; training images may be missing, but not where an
-            override says they are.
+        UsageError: an unknown protocol, one of several tasks, or an override of a set that it does not have.
+        MissingDataError: a set or file that is not there; training and calibration images may be missing, but not
+            where an override says they are.
         DataError: class folders of other names, classes of the class list without a folder, or a class without
             a name.
 
@@ -165,29 +240,94 @@ def find_protocol(
         >>> len(protocol.class_names), list(protocol.ood)  # doctest: +SKIP
         (500, ['iNaturalist', 'SUN', 'Places', 'Texture'])
     """
-    found, classes = _inspect(name, root, overrides)
-    if errors := [row.error for row in found if row.error and not _may_be_missing(row)]:
+    options: dict[str, Any] = {"overrides": overrides, "class_names_file": class_names_file, "seed": seed}
+    tasks = tasks_of(name)
+    if len(tasks) == 1:
+        found = find_tasks(name, root, **options)
+        tasks = [task.name for task in found]
+        if len(found) == 1:
+            return found[0]
+    raise UsageError(f"Protocol {name!r} has {len(tasks)} tasks; find one of them: {', '.join(tasks)}.")
+
+
+def find_tasks(
+    name: str,
+    root: PathLike,
+    *,
+    overrides: Mapping[str, PathLike] | None = None,
+    class_names_file: PathLike | None = None,
+    seed: int = 0,
+) -> list[Protocol]:
+    """Find every task of a protocol; one that has none is a task itself.
+
+    Args:
+        name: of `list_protocols`, or a task.
+        root: the folder with all data.
+        overrides: see `inspect_protocol`.
+        class_names_file: see `find_protocol`.
+        seed: see `find_protocol`.
+
+    Raises:
+        UsageError: as `find_protocol`.
+        MissingDataError: as `find_protocol`.
+        DataError: as `find_protocol`.
+
+    Example:
+        >>> [task.name for task in find_tasks("histology-5", "/packs")][:2]  # doctest: +SKIP
+        ['histology-5-AC+H', 'histology-5-AC+S']
+    """
+    if family := _family(name):
+        _refuse_options(name, overrides, class_names_file)
+        found = _load(family).find(Path(root).expanduser())
+        chosen = [task for task in found if name in (family, task.name)]
+        if not chosen:
+            raise unknown_name(f"task of protocol {family!r}", name, [task.name for task in found])
+        return chosen
+    return [_find(task, root, overrides, class_names_file, seed) for task in tasks_of(name)]
+
+
+def _find(
+    name: str, root: PathLike, overrides: Mapping[str, PathLike] | None, class_names_file: PathLike | None, seed: int
+) -> Protocol:
+    found, classes = look(name, root, overrides)
+    if errors := [row.error for row in found if row.error and not row.dispensable]:
         raise type(errors[0])(" ".join(map(str, errors)))
-    protocol = _data()["protocols"][name]
-    spec = _set(protocol["id"])
-    names = _class_names(classes, spec, Path(root).expanduser(), class_names_file)
+    entry = catalog()["protocols"][name]
+    spec, rows = set_entry(entry["id"]), {row.name: row for row in found}
+    places = [rows[split].path for split in ("test", "train")]
+    names = names_of_classes(classes, spec, Path(root).expanduser(), class_names_file, places)
     sources = {row.name: row.source for row in found if row.source}
+    if "shifted" in entry:
+        tested = JoinedSources({other: sources[other] for other in ("test", *entry["shifted"])})
+        sources["test"] = tested.with_labels_from(classes)
+    own = {split: _named(sources[split], names) for split in ("train", "calibration", "test") if split in sources}
+    train, calibration = _few(own.get("train"), own.get("calibration"), entry.get("shots"), seed)
     return Protocol(
         name=name,
-        title=protocol["id"],
+        title=_title(entry),
         class_names=names,
         wnids=classes if spec["wnid_folders"] else [],
-        train=_named(sources["train"], names) if "train" in sources else None,
-        test=_named(sources["test"], names),
-        ood={other: sources[other] for other in protocol["ood"]},
+        train=train,
+        test=own["test"],
+        ood={other: sources[other] for other in entry["ood"]},
         found=found,
-        notes=[*protocol.get("notes", []), *_differences(found, names, spec["class_count"])],
+        notes=[*entry.get("notes", []), *_differences(found, names, spec.get("class_count"))],
+        calibration=calibration,
+        kinds=entry.get("kinds", {}),
+        convention=entry.get("convention", "standard"),
     )
 
 
-def _may_be_missing(row: FoundSet) -> bool:
-    """Zero-shot methods need no training images; those of an override must be there."""
-    return row.name == "train" and row.path is None
+def _few(
+    train: ImageSource | None, calibration: ImageSource | None, shots: int | None, seed: int
+) -> tuple[ImageSource | None, ImageSource | None]:
+    """The images drawn to learn from; the others set the thresholds if nothing else does."""
+    if train is None or shots is None:
+        return train, calibration
+    few = FewShot(train, shots, seed)
+    drawn = set(few.ids)
+    rest = [index for index, id in enumerate(train.ids) if id not in drawn]
+    return few, train.subset(rest) if calibration is None and rest else calibration
 
 
 def _named(source: ImageSource, names: list[str]) -> ImageSource:
@@ -196,214 +336,45 @@ def _named(source: ImageSource, names: list[str]) -> ImageSource:
     return part
 
 
-def _differences(found: list[FoundSet], names: list[str], class_count: int) -> list[str]:
-    notes = [f"{row.name}: {row.images:,} images, not {row.expected:,}." for row in found if _differs(row)]
+def _differences(found: list[FoundSet], names: list[str], class_count: int | None) -> list[str]:
+    notes = [f"{row.name}: {row.images:,} images, not {row.expected:,}." for row in found if row.differs]
     notes += [str(row.error) for row in found if row.error]
-    if len(names) != class_count:
+    if class_count not in (None, len(names)):
         notes.append(f"{len(names)} classes, not {class_count}.")
     if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
         notes.append(f"Classes with the same name have the same text features: {', '.join(map(repr, doubled))}.")
     return notes
 
 
-def _differs(row: FoundSet) -> bool:
-    return row.error is None and row.expected not in (None, row.images)
-
-
-# ---- the data files
+# ---- protocols of other packages
 
 
 @cache
-def _data() -> dict[str, dict[str, Any]]:
-    """All "sets" and all "protocols"."""
-    folder = files("ood_core") / "protocols_data"
-    merged: dict[str, dict[str, Any]] = {"sets": {}, "protocols": {}}
-    for file in sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        for kind, entries in merged.items():
-            entries |= content[kind]
-    return merged
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="ood.protocols")}
 
 
-def _set(name: str) -> dict[str, Any]:
-    """A set's entry; a subset has its own folders before those of the whole, and the rest where it says nothing."""
-    spec = _data()["sets"][name]
-    if "subset_of" not in spec:
-        return spec
-    whole, own = _data()["sets"][spec["subset_of"]], spec.get("folders", {})
-    return whole | spec | {"folders": {split: own.get(split, []) + rest for split, rest in whole["folders"].items()}}
+def _family(name: str) -> str | None:
+    """The added protocol of this name, or of which this may be a task; None for one of the data files."""
+    if name in catalog()["protocols"]:
+        return None
+    families = [known for known in _entry_points() if f"{name}-".startswith(f"{known}-")]
+    if not families:
+        raise unknown_name("protocol", name, list_protocols())
+    return max(families, key=len)
 
 
-# ---- looking
-
-
-def _inspect(name: str, root: PathLike, overrides: Mapping[str, PathLike] | None) -> tuple[list[FoundSet], list[str]]:
-    """Every set, and the folders of the ID classes."""
-    if name not in (known := _data()["protocols"]):
-        raise unknown_name("protocol", name, known)
-    root, given = Path(root).expanduser(), dict(overrides or {})
-    if not root.is_dir():
-        raise MissingDataError(f"There is no folder {str(root)!r}; give the folder that holds the data sets.")
-    protocol = known[name]
-    id_set, class_list = _set(protocol["id"]), given.pop("class_list", None)
-    if class_list is not None and "class_list" not in id_set:
-        raise UsageError(f"Protocol {name!r} has no list of classes to replace by class_list={str(class_list)!r}.")
-    names = ["train", "test", *protocol["ood"]]
-    for other in set(given) - set(names):
-        raise unknown_name(f"image set of protocol {name!r}", other, names)
-    rows = [_find(split, split, id_set, root, given.get(split)) for split in ("train", "test")]
-    classes = _classes(id_set, root, rows, class_list)
-    rows = [_restrict(row, classes, id_set) for row in rows]
-    for other, split in protocol["ood"].items():
-        spec = _set(other)
-        row = _find(other, split, spec, root, given.get(other))
-        rows.append(_restrict(row, _classes(spec, root, [row]), spec) if _class_test(spec) else row)
-    return rows, classes
-
-
-def _find(name: str, split: str, spec: Mapping[str, Any], root: Path, override: PathLike | None) -> FoundSet:
-    """The set with all classes of its folder."""
-    expected, is_class = spec["images"].get(split), _class_test(spec)
-    places = [root / folder for folder in spec["folders"][split]]
-    path = next(filter(_usable(is_class), places), None) if override is None else Path(override).expanduser()
-    if path is None:
-        error = MissingDataError(
-            f"{name}: none of {', '.join(map(str, places))} is a folder"
-            f"{f' with one folder per class, named {_naming(spec)}' if is_class else ''}; "
-            f"give another place as an override of {name!r}, or get it: {spec['published']}."
-        )
-        return FoundSet(name, None, 0, expected, error)
+def _load(family: str) -> ContributedProtocol:
+    entry = _entry_points()[family]
     try:
-        source = open_source(path)
-        if is_class:
-            _check_labels(source, path, spec)
-    except (MissingDataError, DataError) as error:
-        return FoundSet(name, path, 0, expected, type(error)(f"{name}: {error}"))
-    return FoundSet(name, path, len(source), expected, None, source)
+        return entry.load()
+    except Exception as error:
+        raise UsageError(f"Protocol {family!r} ({entry.value}) cannot be imported: {error}") from error
 
 
-ClassTest = Callable[[str], object]
-
-
-def _class_test(spec: Mapping[str, Any]) -> ClassTest | None:
-    """Whether a folder's name is that of a class; None for a set without classes."""
-    if spec.get("wnid_folders"):
-        return _WNID.fullmatch
-    return frozenset(spec["classes"]).__contains__ if "classes" in spec else None
-
-
-def _naming(spec: Mapping[str, Any]) -> str:
-    return "by wnid as n01440764" if spec["wnid_folders"] else f"as one of {', '.join(spec['classes'])}"
-
-
-def _usable(is_class: ClassTest | None) -> Callable[[Path], bool]:
-    """Whether a place is a folder, with a class folder in it if the set has such."""
-    if is_class is None:
-        return Path.is_dir
-    return lambda place: place.is_dir() and any(is_class(entry.name) and entry.is_dir() for entry in place.iterdir())
-
-
-def _check_labels(source: ImageSource, path: Path, spec: Mapping[str, Any]) -> None:
-    """Every label must be a class; a wnid's rank would shift behind a folder of another name."""
-    is_class = _class_test(spec) or bool
-    named = np.array([bool(is_class(name)) for name in source.label_names] + [False])
-    labels = np.full(len(source), -1) if source.labels is None else source.labels
-    if (outside := np.flatnonzero(~named[labels])).size:
-        first = source.ids[outside[0]]
-        raise DataError(
-            f"{str(path)!r} holds {len(outside)} images outside class folders named {_naming(spec)}; "
-            f"first {first!r}. Move them away."
-        )
-
-
-def _classes(spec: Mapping[str, Any], root: Path, rows: list[FoundSet], given: PathLike | None = None) -> list[str]:
-    """The classes of a set by label: those it names; or, sorted, its class list, all wnids found, or half of them."""
-    if not spec["wnid_folders"]:
-        return list(spec["classes"])
-    if "classes" in spec:
-        here = (root / place for place in spec["class_list"])
-        path = given or next((place for place in here if place.is_file()), None)
-        return sorted(spec["classes"]) if path is None else _read_class_list(Path(path).expanduser(), spec)
-    present = sorted({name for row in rows if row.source for name in row.source.label_names})
-    middle = (len(present) + 1) // 2
-    return {"first": present[:middle], "last": present[middle:]}.get(spec.get("half", ""), present)
-
-
-def _read_class_list(path: Path, spec: Mapping[str, Any]) -> list[str]:
-    lines = read_class_names(path)
-    if wrong := [line for line in lines if not _WNID.fullmatch(line)]:
-        published = spec["class_list_published"]
-        raise DataError(f"{str(path)!r} is no class list: {wrong[0]!r} is no wnid. See {published}.")
-    return sorted(set(lines))
-
-
-def _restrict(row: FoundSet, classes: list[str], spec: Mapping[str, Any]) -> FoundSet:
-    """The images of these classes, labelled by position."""
-    if row.source is None:
-        return row
-    source = row.source.with_labels_from(classes)
-    source = source.subset(np.flatnonzero(np.asarray(source.labels) >= 0))
-    absent = sorted(set(classes) - set(row.source.label_names))
-    if len(source) and not (absent and "classes" in spec):
-        return replace(row, images=len(source), source=source)
-    error = DataError(
-        f"{row.name}: {str(row.path)!r} lacks {len(absent)} of the {len(classes)} classes "
-        f"({', '.join([*absent[:3], *(['...'] if absent[3:] else [])])})"
-        + (f"; their list is {spec['class_list_published']}." if "class_list" in spec else ".")
-    )
-    return replace(row, images=0, error=error, source=None)
-
-
-# ---- class names
-
-
-def _class_names(classes: list[str], spec: Mapping[str, Any], root: Path, given: PathLike | None) -> list[str]:
-    """From a file, else the benchmark's own names, else CLIP's."""
-    here = (root / place for place in spec["class_names"])
-    path = given or next((place for place in here if place.is_file()), None)
-    path = None if path is None else Path(path).expanduser()
-    if not spec["wnid_folders"]:
-        return [name.replace("_", " ") for name in (_names_in_order(path, classes) if path else classes)]
-    own = spec["classes"] if isinstance(spec.get("classes"), dict) else {}
-    names = _clip_names() | own if path is None else _read_names(path, classes)
-    if absent := [wnid for wnid in classes if wnid not in names]:
-        raise DataError(
-            f"{len(absent)} of the {len(classes)} classes, first {absent[0]!r}, have no name "
-            f"{'among the 1,000 of ImageNet' if path is None else f'in {str(path)!r}'}; "
-            "give a class_names_file with a line for each: wnid, space, name."
-        )
-    return [names[wnid].replace("_", " ") for wnid in classes]
-
-
-def _names_in_order(path: Path, classes: list[str]) -> list[str]:
-    lines = read_class_names(path)
-    if len(lines) != len(classes):
-        raise DataError(
-            f"{str(path)!r} has {len(lines)} names for {len(classes)} classes; "
-            f"give one per line, from that of {classes[0]!r} to that of {classes[-1]!r}."
-        )
-    return lines
-
-
-@cache
-def _clip_names() -> dict[str, str]:
-    """CLIP's names of the 1,000 classes by wnid, in sorted order."""
-    from timm.data import ImageNetInfo
-
-    return dict(zip(ImageNetInfo().label_names(), imagenet_names(), strict=True))
-
-
-def _read_names(path: Path, wnids: list[str]) -> dict[str, str]:
-    lines = read_class_names(path)
-    # The readers of the released code split at a space, that of ImageNet-20 at a comma.
-    pairs = [re.fullmatch(r"(n\d{8})[\s,]+(.+)", line) for line in lines]
-    if found := {pair[1]: pair[2] for pair in pairs if pair}:
-        if None in pairs:
-            raise DataError(f"{str(path)!r} has the line {lines[pairs.index(None)]!r}; write wnid, space, name.")
-        return found
-    for order in (wnids, list(_clip_names())):
-        if len(order) == len(lines):
-            return dict(zip(order, lines, strict=True))
-    raise DataError(
-        f"{str(path)!r} has {len(lines)} names without wnids for {len(wnids)} classes; put wnids before them."
-    )
+def _refuse_options(
+    name: str, overrides: Mapping[str, PathLike] | None, class_names_file: PathLike | None = None
+) -> None:
+    given = [*(overrides or {}), *([] if class_names_file is None else [f"class names in {str(class_names_file)!r}"])]
+    if given:
+        raise UsageError(f"Protocol {name!r} takes no other places or class names, but got {', '.join(given)}.")

@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 
 from ood_core._files import write_atomically
-from ood_core.errors import DataError, MissingDataError, unknown_name
+from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
 from ood_core.features import FeatureSet
 
-__all__ = ["ScoreTable"]
+__all__ = ["NO_ROW", "ScoreTable"]
+
+NO_ROW = "no row with a score of"
+"""Begins the status of images that a joined table lacks."""
 
 _FIXED = ["id", "source", "label", "status"]
 
@@ -86,20 +89,45 @@ class ScoreTable:
         rows = (self.frame["source"] == source) & (self.frame["status"] == "ok")
         return self.frame.loc[rows, detector].dropna().to_numpy(np.float32)
 
-    def join(self, other: ScoreTable) -> ScoreTable:
-        """The columns of both tables, rows matched by (source, id).
+    def select(self, detectors: Iterable[str]) -> ScoreTable:
+        """The same rows with the columns of these detectors, in this order.
+
+        Raises:
+            UsageError: an unknown detector.
+        """
+        wanted = list(detectors)
+        for name in wanted:
+            if name not in self.detectors:
+                raise unknown_name("detector in this table", name, self.detectors)
+        return ScoreTable(self.frame[[*_FIXED, *wanted]])
+
+    def join(self, other: ScoreTable, *, missing: str = "raise") -> ScoreTable:
+        """The columns of both tables, rows matched by (source, id), in the order of this table.
+
+        Args:
+            other: with other detectors.
+            missing: "raise" at an image that stands in one table only, or "record" it: its row says in `status`
+                which detectors' scores it lacks, and rows of `other` alone come last.
 
         Raises:
             DataError: an image that stands in one table only, or a detector that stands in both.
+            UsageError: an unknown `missing`.
         """
+        if missing not in ("raise", "record"):
+            raise UsageError(f"missing={missing!r} must be 'raise' or 'record'.")
         if both := set(self.detectors) & set(other.detectors):
             raise DataError(f"Detector {sorted(both)[0]!r} stands in both tables: rename it in one.")
-        columns = ["source", "id", *other.detectors]
-        joined = self.frame.merge(other.frame[columns], on=["source", "id"], how="outer", indicator=True)
-        if (alone := joined["_merge"] != "both").any():
+        keys = ["source", "id"]
+        order = self.frame[keys].assign(_place=np.arange(len(self.frame)))
+        joined = self.frame.merge(other.frame, on=keys, how="outer", indicator=True, suffixes=("", "_other"))
+        joined = joined.merge(order, on=keys, how="left").sort_values("_place", kind="stable", ignore_index=True)
+        if missing == "raise" and (alone := joined["_merge"] != "both").any():
             row = joined[alone].iloc[0]
             raise DataError(f"Image {row['id']!r} of {row['source']!r} stands in one of the two tables only.")
-        return ScoreTable(joined.drop(columns="_merge"))
+        joined["status"] = _joint_status(joined, self.detectors, other.detectors)
+        here = joined["_merge"] != "right_only"
+        joined["label"] = joined["label"].where(here, joined["label_other"])
+        return ScoreTable(joined[[*_FIXED, *self.detectors, *other.detectors]])
 
     def write(self, path: str | Path) -> None:
         """Write parquet (atomic)."""
@@ -120,3 +148,14 @@ class ScoreTable:
         except Exception as error:
             raise DataError(f"{path} is no readable parquet file ({error}).") from error
         return cls(frame)
+
+
+def _joint_status(joined: pd.DataFrame, left: list[str], right: list[str]) -> pd.Series:
+    """The first reason there is for having no score."""
+    status = joined["status"].where(joined["status"] != "ok", joined["status_other"])
+    for side, absent in (("left_only", right), ("right_only", left)):
+        alone = joined["_merge"] == side
+        reason = f"{NO_ROW} {', '.join(absent)}"
+        kept = joined["status" if side == "left_only" else "status_other"]
+        status = status.mask(alone, kept.where(kept != "ok", reason))
+    return status

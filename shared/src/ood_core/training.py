@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ Losses = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
 def train(
     parameters: Mapping[str, nn.Parameter],
-    losses: Callable[[Tensor, int], Losses],
+    losses: Callable[..., Losses],
     *,
     size: int,
     epochs: int,
@@ -39,6 +40,8 @@ def train(
     seed: int,
     per_step: bool = False,
     drop_last: bool = False,
+    whole_batch: bool = False,
+    after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = True,
     recipe: Mapping[str, Any] | None = None,
@@ -59,11 +62,13 @@ def train(
         size: number of training rows.
         epochs: passes over them.
         batch_size: rows per step, over all processes.
-        optimizer: of `parameters`.
+        optimizer: of `parameters`; a group's "lr_scale", if it has one, is a factor of its rate.
         learning_rate: epoch (from 0) -> rate; stepped once per epoch.
         seed: of the order.
         per_step: step the rate with every batch instead; `learning_rate` is then given fractions of epochs.
         drop_last: leave out the last, smaller batch of an epoch, if it is not the only one.
+        whole_batch: `losses` also gets the rows of all processes, as `batch`, for draws among them.
+        after_epoch: epoch -> figures that join its history.
         checkpoint: file (safetensors) written after every epoch; None keeps nothing.
         resume: go on from `checkpoint` if it is there.
         recipe: everything the result depends on, kept in the checkpoint; another one is refused.
@@ -106,8 +111,9 @@ def train(
             for number, rows in enumerate(batches):
                 rate = learning_rate(epoch + number / len(batches) if per_step else epoch)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
-                means = _step(parameters, losses, optimizer, rows, epoch, rank, world)
+                    group["lr"] = rate * group.get("lr_scale", 1.0)
+                found = partial(losses, batch=rows) if whole_batch else losses
+                means = _step(parameters, found, optimizer, rows, epoch, rank, world)
                 if not all(map(_finite, means.values())):
                     raise _diverged("loss", epoch, rate, means)
                 if broken := [name for name, value in parameters.items() if not value.isfinite().all()]:
@@ -115,6 +121,8 @@ def train(
                 sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
             averages = {name: value / len(batches) for name, value in sums.items()}
             history.append(averages | {"loss": sum(averages.values()), "learning_rate": rate})
+            if after_epoch is not None:
+                history[-1].update(after_epoch(epoch))
             tell(history[-1])
             if file is not None and rank == 0:
                 _save(file, described, parameters, optimizer, history)

@@ -9,6 +9,8 @@ from ood_core.cli import commands as core
 from ood_core.cli.common import message
 from ood_core.cli.methods import evaluate_variants, explain_image, fit_detector, new_detector, saved_detector
 
+__all__ = ["evaluate", "explain", "fit", "reproduce", "score"]
+
 score = core.score
 
 
@@ -37,3 +39,10 @@ def explain(args: argparse.Namespace) -> None:
     from ood_hvl.explain import explain as look
 
     explain_image(args, partial(look, saved_detector(args, HVL)), "hvl")
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Run a benchmark or a study of the paper, our numbers beside the published ones."""
+    from ood_hvl.reproduce import reproduce as run
+
+    run(args)

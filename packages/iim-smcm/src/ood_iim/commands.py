@@ -20,7 +20,14 @@ from ood_core.cli.common import (
     print_json,
     print_table,
 )
-from ood_core.cli.methods import evaluate_variants, explain_image, fit_detector, new_detector, saved_detector
+from ood_core.cli.methods import (
+    evaluate_variants,
+    explain_image,
+    fit_detector,
+    new_detector,
+    saved_detector,
+    show_found,
+)
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -117,7 +124,7 @@ def import_released(args: argparse.Namespace) -> None:
 
 def reproduce(args: argparse.Namespace) -> None:
     """Run a protocol or a study of the paper, our numbers beside the published ones."""
-    from ood_core.protocols import describe, find_protocol, inspect_protocol
+    from ood_core.protocols import find_protocol, inspect_protocol
 
     from ood_iim.studies import STUDIES, Sets
 
@@ -125,17 +132,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if args.study and args.study not in STUDIES:
         raise unknown_name("study", args.study, STUDIES)
     if args.dry_run:
-        rows = inspect_protocol(args.protocol, args.root, overrides)
-        if args.json:
-            print_json(
-                [
-                    {"set": row.name, "path": row.path and str(row.path), "images": row.images}
-                    | {"expected": row.expected, "error": row.error and str(row.error)}
-                    for row in rows
-                ]
-            )
-        else:
-            print(describe(rows))  # noqa: T201
+        show_found(args, inspect_protocol(args.protocol, args.root, overrides))
         return
     found = find_protocol(args.protocol, args.root, overrides=overrides, class_names_file=args.classes)
     message(found.describe())

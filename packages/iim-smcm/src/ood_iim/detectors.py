@@ -23,6 +23,7 @@ from ood_core.features import FeatureSet, extract
 from ood_core.functional import mcm
 from ood_core.ops import topk_patch_softmax
 from ood_core.training import train
+from PIL import Image
 from torch import Tensor
 
 from ood_iim import functional
@@ -66,6 +67,16 @@ class SMCM(ZeroShot):
         image, local = cast(Tensor, features.image), cast(Tensor, features.local)
         text, k = self._text(features), default_k(self.k, local.shape[1])
         return functional.s_mcm(image, local, text, text, k=k, temperature=self.temperature, alpha=self.alpha)
+
+    def explain_image(self, image: Image.Image) -> Image.Image:
+        """The picture of `ood_iim.explain`.
+
+        Args:
+            image: of any size and mode.
+        """
+        from ood_iim.explain import explain
+
+        return explain(self, image).render()
 
 
 class Components(NamedTuple):
@@ -391,6 +402,16 @@ class IIM(TrainedDetector):
         patches = features.local.shape[1]
         k = min(default_k(self.k, patches), patches)
         return functional.id_logits(features.image, features.local, text, local_text, k=k).argmax(1)
+
+    def explain_image(self, image: Image.Image) -> Image.Image:
+        """The picture of `ood_iim.explain`.
+
+        Args:
+            image: of any size and mode.
+        """
+        from ood_iim.explain import explain
+
+        return explain(self, image).render()
 
     def variants(self) -> dict[str, Detector]:
         """The six scores of the paper's Fig. 6 on the learned prompts, as detectors of their own.

@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ood_mofe import functional
+    from ood_mofe.detectors import MoFE
     from ood_mofe.experts import StackedExperts
 
 __version__ = "0.1.0"
 
-__all__ = ["StackedExperts", "functional"]
+_HOMES = {"MoFE": "detectors", "StackedExperts": "experts"}
+__all__ = ["MoFE", "StackedExperts", "functional"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return import_module("ood_mofe.functional")
-    if name == "StackedExperts":
-        return import_module("ood_mofe.experts").StackedExperts
+    if name in _HOMES:
+        return getattr(import_module(f"ood_mofe.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'ood_mofe' has no attribute {name!r}")
 
 

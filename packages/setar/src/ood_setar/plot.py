@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_core.errors import UsageError
+from ood_core._plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from ood_setar.edit import SeTAREdit
@@ -23,23 +23,16 @@ def draw(edit: SeTAREdit, path: str | Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or another kind of file.
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"{str(path)!r} must end in .png, .pdf or .svg.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("Pictures need matplotlib: pip install 'ood-setar[plot]'") from error
     steps = edit.record.get("steps", [])
-    figure = Figure(figsize=(max(6.0, 1.5 + 0.42 * len(edit.ratios)), 6.4 if steps else 3.4), layout="constrained")
+    size = (max(6.0, 1.5 + 0.42 * len(edit.ratios)), 6.4 if steps else 3.4)
+    figure = new_figure(path, "ood-setar", figsize=size)
     axes = figure.subplots(2 if steps else 1, 1, sharex=True, squeeze=False)[:, 0]
     _draw_ratios(axes[0], edit)
     if steps:
         _draw_path(axes[1], steps)
     axes[-1].set_xticks(range(len(edit.ratios)), list(edit.ratios), rotation=90)
     axes[-1].set_xlabel("weights in the order of the search")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_ratios(axis: Any, edit: SeTAREdit) -> None:

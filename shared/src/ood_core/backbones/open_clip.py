@@ -88,6 +88,12 @@ class OpenCLIPBackbone(Backbone):
         self.require("blocks")
         return self.visual.transformer.resblocks[-1]
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the projection."""
+        self.require("blocks")
+        return self.visual.ln_post
+
     def _image_embedding(self, tokens: Tensor) -> Tensor:
         if "blocks" not in self.capabilities:
             return tokens

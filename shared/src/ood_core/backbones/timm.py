@@ -119,6 +119,13 @@ class TimmBackbone(Backbone):
         self.require("blocks")
         return (self.network.layers[-1] if self._swin else self.network).blocks[-1]
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last block; some transformers have it behind the pooling."""
+        self.require("blocks")
+        behind_pooling = isinstance(self.network.norm, nn.Identity)
+        return self.network.fc_norm if behind_pooling else self.network.norm
+
     def _image_embedding(self, tokens: Tensor) -> Tensor:
         if "blocks" not in self.capabilities:
             return tokens

@@ -106,6 +106,11 @@ class TransformersBackbone(Backbone):
         """The last transformer block as a function of tokens; its `layer` is the library's own module."""
         return self.tower.last
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last block."""
+        return self.tower.norm
+
     def _image_embedding(self, tokens: Tensor) -> Tensor:
         return self._project(self.tower.image(tokens))
 
@@ -171,6 +176,7 @@ class _Tower(ABC):
     grid: tuple[int, int]
     width: int
     last: _TokenBlock
+    norm: nn.Module
     reads_class_token = True
     reads_mean_patch = False
 
@@ -326,6 +332,7 @@ class _SwinTower(_Tower):
         self.base = model.base_model
         self.stages = self.base.encoder.layers
         self.last = _SwinBlock(self.stages[-1].blocks[-1])
+        self.norm = self.base.layernorm
         self.width = self.base.num_features
         patch, halvings = _pair(self.base.config.patch_size), len(self.stages) - 1
         rows, columns = (-(-side // step) for side, step in zip(crop, patch, strict=True))
@@ -346,10 +353,10 @@ class _SwinTower(_Tower):
             merge = partial(_merge_patches, layer.downsample)
 
     def image(self, tokens: Tensor) -> Tensor:
-        return self.base.layernorm(tokens).flatten(1, 2).mean(1)
+        return self.norm(tokens).flatten(1, 2).mean(1)
 
     def local(self, tokens: Tensor) -> Tensor:
-        return self.base.layernorm(tokens).flatten(1, 2)
+        return self.norm(tokens).flatten(1, 2)
 
     def weights(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for stage, layer in enumerate(self.stages):

@@ -6,16 +6,18 @@ import argparse
 from collections.abc import Sequence
 
 from ood_core import __version__
-from ood_core.cli import commands
+from ood_core.cli import commands, protocols
 from ood_core.cli.common import (
     add_backbone_arguments,
     add_command,
     add_detector_arguments,
     add_evaluation_arguments,
     add_extraction_arguments,
+    add_fdr_argument,
     add_score_arguments,
     run,
 )
+from ood_core.cli.protocols import add_protocol_arguments
 
 __all__ = ["main"]
 
@@ -41,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     add_backbone_arguments(demo)
     demo.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
-    listing = add_command(verbs, "list", commands.list_names, "list detectors and backbones")
+    listing = add_command(verbs, "list", protocols.list_names, "list detectors and backbones, or protocols")
+    listing.add_argument("what", nargs="?", choices=["protocols"], help="protocols: the benchmarks")
     listing.add_argument("--json", action="store_true")
 
     doctor = add_command(
@@ -59,10 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     score = add_command(verbs, "score", commands.score, "score images")
     add_score_arguments(score)
 
-    evaluate = add_command(verbs, "evaluate", commands.evaluate, "judge detectors on ID and OOD sets")
-    add_detector_arguments(evaluate)
-    add_evaluation_arguments(evaluate)
-    evaluate.add_argument("--out", metavar="DIR", required=True)
+    evaluate = add_command(verbs, "evaluate", protocols.evaluate, "judge detectors on ID and OOD sets or a benchmark's")
+    add_detector_arguments(evaluate, required=False)
+    add_evaluation_arguments(evaluate, required=False)
+    evaluate.add_argument("--out", metavar="DIR")
+    add_protocol_arguments(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
     calibrate = add_command(
@@ -72,6 +76,33 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--id", metavar="SOURCE", required=True, help="held-out ID images")
     calibrate.add_argument("--tpr", type=float, default=0.95, help="share of ID images to accept (default: 0.95)")
     calibrate.add_argument("--out", metavar="DIR", required=True)
+
+    fuse = add_command(
+        verbs,
+        "fuse",
+        commands.fuse,
+        "combine score tables, or detectors into one that is calibrated and saved",
+    )
+    fuse.add_argument("tables", metavar="[NAME=]FILE.parquet", nargs="*", help="score tables, joined by image id")
+    fuse.add_argument("--calibration", metavar="[NAME=]FILE.parquet", action="extend", nargs="+", default=[])
+    add_detector_arguments(fuse, required=False)
+    fuse.add_argument("--id", metavar="SOURCE", help="held-out ID images, for detectors")
+    fuse.add_argument("--normalize", default="p_value", help="p_value (default), z_score or robust")
+    fuse.add_argument("--combine", default="mean", help="mean (default), max, min, fisher, cauchy or stacking")
+    fuse.add_argument("--weight", metavar="NAME=W", action="extend", nargs="+", help="for mean, fisher and cauchy")
+    fuse.add_argument(
+        "--labelled-ood",
+        metavar="SOURCE",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="for stacking: score tables, or images, that are known to be OOD; results say so",
+    )
+    fuse.add_argument("--name", default="fusion", help="of the new column (default: fusion)")
+    fuse.add_argument("--tpr", type=float, default=0.95, help="share of ID images to accept (default: 0.95)")
+    add_fdr_argument(fuse)
+    fuse.add_argument("--out", metavar="FILE.parquet|DIR", help="score table to write; for detectors: folder")
+    fuse.add_argument("--json", action="store_true", help="print one JSON list of rows, for score tables")
 
     report = add_command(
         verbs, "report", commands.report, "write report.html again from results.json and scores.parquet"

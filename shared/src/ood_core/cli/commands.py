@@ -10,6 +10,7 @@ from typing import Any
 from ood_core.cli.common import (
     build_detectors,
     check_output,
+    check_rate,
     class_names_of,
     extraction_options,
     load_backbone,
@@ -18,7 +19,7 @@ from ood_core.cli.common import (
     print_json,
     save_detectors,
 )
-from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -78,6 +79,7 @@ def score(args: argparse.Namespace) -> None:
     from ood_core.evaluation import score as score_source
 
     check_output(args.out, ".parquet")
+    check_rate(args.fdr)
     source = open_source(args.source)
     fit = open_source(args.fit) if args.fit else None
     detectors = build_detectors(args, class_names_of(args, fit, source))
@@ -87,21 +89,32 @@ def score(args: argparse.Namespace) -> None:
     if args.out:
         table.write(args.out)
         message(f"{counts['scored']} images scored, {counts['failures']} failed: {args.out}")
-    rows = _score_rows(table, detectors)
+    _show_rows(table.frame.drop(columns="source"), detectors, args)
+
+
+def _show_rows(frame: Any, detectors: dict[str, Any], args: argparse.Namespace) -> None:
+    rows = _score_rows(frame, detectors, args.fdr)
     if args.json:
         print_json(rows)
     elif not args.out:
         _print("\t".join(rows[0]), *("\t".join(map(_cell, row.values())) for row in rows))
 
 
-def _score_rows(table: Any, detectors: dict[str, Any]) -> list[dict[str, Any]]:
+def _score_rows(frame: Any, detectors: dict[str, Any], fdr: float | None) -> list[dict[str, Any]]:
     """Rows for people and JSON: NaN as null, and the decision of every calibrated detector."""
-    frame = table.frame.drop(columns="source")
     for name, detector in detectors.items():
-        if detector.threshold is not None:
-            scored = frame[name].notna()
-            frame.loc[scored, f"{name}.ood"] = frame.loc[scored, name] < detector.threshold
-            frame.loc[scored, f"{name}.p_value"] = detector.p_value(frame.loc[scored, name].to_numpy()).numpy()
+        scored = frame[name].notna()
+        if detector.threshold is None and fdr is not None:
+            raise NotFittedError(f"--fdr needs calibrated detectors, and {name!r} is not: see `ood calibrate`.")
+        if detector.threshold is not None and scored.any():
+            scores = frame.loc[scored, name].to_numpy()
+            decisions = detector.is_ood(scores, fdr=fdr).numpy()
+            frame.loc[scored, f"{name}.ood"] = decisions
+            frame.loc[scored, f"{name}.p_value"] = detector.p_value(scores).numpy()
+            if fdr is not None:
+                message(
+                    f"{name}: {decisions.sum()} of {len(scores)} images are OOD at a false discovery rate of {fdr:g}"
+                )
     return json.loads(frame.to_json(orient="records", double_precision=15, force_ascii=False))
 
 
@@ -147,7 +160,127 @@ def calibrate(args: argparse.Namespace) -> None:
     calibrate_detectors(detectors, id_source, tpr=args.tpr, **options)
     save_detectors(detectors, args.out)
     for name, detector in detectors.items():
-        message(f"{name}: scores below {detector.threshold:.9g} are OOD")
+        _tell_calibration(name, detector)
+    message(f"Saved: {args.out}")
+
+
+def _tell_calibration(name: str, detector: Any) -> None:
+    known = detector.calibration
+    low, high = known.tpr_interval()
+    message(f"{name}: scores below {detector.threshold:.9g} are OOD")
+    message(
+        f"{name}: set to accept {100 * known.tpr:g} % of ID images; with {known.n} calibration images the true share "
+        f"lies between {100 * low:.1f} and {100 * high:.1f} % (95 % interval)"
+    )
+
+
+def _tell_stacking(fusion: Any) -> None:
+    message(
+        f"Stacking has learned from {fusion.labelled_ood['images']} labelled OOD images and every second ID image; the "
+        "other half sets the threshold"
+    )
+
+
+def fuse(args: argparse.Namespace) -> None:
+    """One score from several: of score tables, or a detector made of detectors."""
+    check_rate(args.fdr)
+    if bool(args.tables) == bool(args.detector):
+        raise UsageError("Give either score tables (ood fuse A.parquet B.parquet) or detectors (--detector A B).")
+    if args.labelled_ood and args.combine != "stacking":
+        raise UsageError("--labelled-ood is what --combine stacking learns from; nothing else may see it.")
+    if args.combine == "stacking" and not args.labelled_ood:
+        raise UsageError("--combine stacking learns from OOD images that you name: give them with --labelled-ood.")
+    (_fuse_tables if args.tables else _fuse_detectors)(args)
+
+
+def _fusion_options(args: argparse.Namespace) -> dict[str, Any]:
+    weights = None if args.weight is None else dict(map(_weight, args.weight))
+    return {"normalize": args.normalize, "combine": args.combine, "weights": weights}
+
+
+def _weight(pair: str) -> tuple[str, float]:
+    name, _, value = pair.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise UsageError(f"--weight {pair!r} must be NAME=NUMBER, e.g. --weight mcm=2.") from None
+
+
+def _fuse_tables(args: argparse.Namespace) -> None:
+    from ood_core.fusion import Fusion
+
+    check_output(args.out, ".parquet")
+    if not args.calibration:
+        raise UsageError("Give the scores of held-out ID images by the same detectors: --calibration FILE.parquet ...")
+    table = _joined_tables(args.tables)
+    known = _joined_tables(args.calibration)
+    fusion = Fusion(table.detectors, **_fusion_options(args))
+    if args.labelled_ood:
+        first, known = type(known)(known.frame[::2]), type(known)(known.frame[1::2])
+        fusion.fit_stacking(first, _joined_tables(args.labelled_ood))
+        _tell_stacking(fusion)
+    fused = fusion.calibrate(known, args.tpr).score_table(table, name=args.name)
+    _tell_calibration(args.name, fusion)
+    if args.out:
+        fused.write(args.out)
+        scored = int(fused.frame[args.name].notna().sum())
+        message(f"{scored} images scored, {len(fused.frame) - scored} without a score: {args.out}")
+    _show_rows(fused.frame.copy(), {args.name: fusion}, args)
+
+
+def _joined_tables(given: list[str]) -> Any:
+    """Score tables side by side; images that one of them lacks keep a row and are counted."""
+    from ood_core.scores import NO_ROW
+
+    table = None
+    for pair in given:
+        name, named, file = pair.rpartition("=")
+        found = _renamed(file, name) if named else _read_table(file)
+        table = found if table is None else table.join(found, missing="record")
+    lacking = table.frame[table.frame["status"].str.startswith(NO_ROW)]  # type: ignore[union-attr]  # one at least
+    if len(lacking):
+        row = lacking.iloc[0]
+        message(
+            f"{len(lacking)} images are not in all of {', '.join(given)}; the first, {row['id']!r}: {row['status']}"
+        )
+    return table
+
+
+def _read_table(file: str) -> Any:
+    from ood_core.scores import ScoreTable
+
+    return ScoreTable.read(file)
+
+
+def _renamed(file: str, name: str) -> Any:
+    """NAME=FILE: its one detector is called NAME, several NAME.DETECTOR."""
+    table = _read_table(file)
+    names = table.detectors
+    new = {old: name if len(names) == 1 else f"{name}.{old}" for old in names}
+    return type(table)(table.frame.rename(columns=new))
+
+
+def _fuse_detectors(args: argparse.Namespace) -> None:
+    from ood_core.data import open_source
+    from ood_core.evaluation import calibrate_detectors, fit_detectors
+    from ood_core.fusion import Fusion
+
+    if not args.id or not args.out:
+        raise UsageError("A fusion of detectors is calibrated on ID images and saved: give --id SOURCE and --out DIR.")
+    if len(args.labelled_ood) > 1:
+        raise UsageError(f"Give one source of labelled OOD images, not {len(args.labelled_ood)}.")
+    id_source = open_source(args.id)
+    fit = open_source(args.fit) if args.fit else None
+    fusion = Fusion(build_detectors(args, class_names_of(args, fit, id_source)), **_fusion_options(args))
+    options = extraction_options(args)
+    fit_detectors({args.name: fusion}, fit, **options)
+    if args.labelled_ood:
+        first, id_source = id_source.subset(slice(0, None, 2)), id_source.subset(slice(1, None, 2))
+        fusion.fit_stacking(first, args.labelled_ood[0], **options)
+        _tell_stacking(fusion)
+    calibrate_detectors({args.name: fusion}, id_source, tpr=args.tpr, **options)
+    fusion.save_pretrained(args.out)
+    _tell_calibration(args.name, fusion)
     message(f"Saved: {args.out}")
 
 

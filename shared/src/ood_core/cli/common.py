@@ -106,9 +106,9 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
 
 
-def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
+def add_detector_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--detector, --classes, --template, --param, --fit and the backbone's."""
-    parser.add_argument("--detector", metavar="NAME_OR_DIR", action="extend", nargs="+", required=True)
+    parser.add_argument("--detector", metavar="NAME_OR_DIR", action="extend", nargs="+", required=required, default=[])
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
     parser.add_argument("--template", metavar="T", help="prompt with {} for the class name, or the name of a set")
     parser.add_argument(
@@ -124,7 +124,18 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE")
     add_detector_arguments(parser)
     parser.add_argument("--out", metavar="FILE.parquet", help="score table to write")
+    add_fdr_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON list of rows")
+
+
+def add_fdr_argument(parser: argparse.ArgumentParser) -> None:
+    """--fdr."""
+    parser.add_argument(
+        "--fdr",
+        type=float,
+        metavar="SHARE",
+        help="name images OOD so that at most this share of them is ID on average, instead of by the threshold",
+    )
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -192,12 +203,13 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     for given in args.detector:
         if _is_saved(given):
             made: Detector = Detector.from_pretrained(given)
-            made._set_backbone(backbone(args.backbone or made._backbone_record.get("spec", "tiny")))
+            for leaf in made._leaves(made.name).values():  # the members of a fusion may have several backbones
+                leaf._set_backbone(backbone(args.backbone or leaf._backbone_record.get("spec", "tiny")))
         else:
             mine = {name: options[name] for name in detector_class(given)._option_names() if name in options}
             shared = backbone(args.backbone or "tiny")
             made = create_detector(given, backbone=shared, class_names=class_names, template=args.template, **mine)
-        name = Path(given).name if made.name in detectors else made.name
+        name = Path(given).resolve().name if made.name in detectors else made.name
         if name in detectors:
             raise UsageError(f"Detector {name!r} is given twice.")
         detectors[name] = made
@@ -231,3 +243,9 @@ def check_output(path: str | None, suffix: str) -> None:
         raise UsageError(f"--out {path!r} must end in {suffix}.")
     if path and Path(path).is_dir():
         raise DataError(f"--out {path!r} is a folder; give a file name.")
+
+
+def check_rate(fdr: float | None) -> None:
+    """Refuse a false discovery rate outside (0, 1) before any work is done."""
+    if fdr is not None and not 0 < fdr < 1:
+        raise UsageError(f"--fdr {fdr:g} must lie between 0 and 1, e.g. 0.05.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,7 @@ from ood_core.errors import MissingDataError
 if TYPE_CHECKING:
     from ood_core.data.sources import ImageSource
     from ood_core.detectors.base import Detector
+    from ood_core.protocols import FoundSet
 
 __all__ = [
     "add_evaluate_arguments",
@@ -37,6 +38,7 @@ __all__ = [
     "fit_detector",
     "new_detector",
     "saved_detector",
+    "show_found",
 ]
 
 
@@ -170,3 +172,19 @@ def explain_image(args: argparse.Namespace, look: Callable[[Any], _Explanation],
     else:
         decision = {True: ", OOD", False: ", ID", None: ""}[found.is_ood]
         print(f"{found.predicted}: score {found.score:.9g}{decision}")  # noqa: T201
+
+
+def show_found(args: argparse.Namespace, rows: Sequence[FoundSet]) -> None:
+    """Print what a dry run has found of a benchmark."""
+    from ood_core.protocols import describe
+
+    if not args.json:
+        print(describe(rows))  # noqa: T201
+        return
+    print_json(
+        [
+            {"set": row.name, "path": row.path and str(row.path), "images": row.images}
+            | {"expected": row.expected, "error": row.error and str(row.error)}
+            for row in rows
+        ]
+    )

@@ -1,4 +1,4 @@
-"""Any image that Pillow can read, as 8-bit RGB; anything else as an `ImageError` that names the file."""
+"""Any image that Pillow can read, and DICOM, as 8-bit RGB; anything else as an `ImageError` that names the file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ood_core.data import dicom
 from ood_core.errors import ImageError
 
 IMAGE_SUFFIXES = frozenset(
@@ -44,8 +45,9 @@ _QUIET = threading.Lock()
 
 
 def image_suffixes() -> frozenset[str]:
-    """`IMAGE_SUFFIXES` and those of the AVIF, HEIF and JPEG XL plug-ins that are registered with Pillow."""
-    return IMAGE_SUFFIXES | (_PLUGIN_SUFFIXES & Image.registered_extensions().keys())
+    """`IMAGE_SUFFIXES`, those of AVIF, HEIF and JPEG XL plug-ins registered with Pillow, and .dcm with pydicom."""
+    plugins = _PLUGIN_SUFFIXES & Image.registered_extensions().keys()
+    return IMAGE_SUFFIXES | plugins | (dicom.DICOM_SUFFIXES if dicom.available() else frozenset())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -108,6 +110,7 @@ def decode(
 ) -> Image.Image:
     """Read one encoded image as upright 8-bit RGB.
 
+    DICOM is known by its content, whatever the name of the file; `ood_core.data.dicom.read` says how it is shown.
     Neither Pillow's settings (`LOAD_TRUNCATED_IMAGES`) nor the warning filters change what is accepted.
 
     Args:
@@ -166,6 +169,7 @@ class _StrictReader(io.BufferedReader):
     """Fails at the end of the data where Pillow, if so set, would fill up a truncated image with grey."""
 
     strict = False
+    name: Any = None  # pydicom asks for it, and bytes in memory have none
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size)
@@ -176,6 +180,8 @@ class _StrictReader(io.BufferedReader):
 
 def _decode(file: str | os.PathLike[str] | Encoded, max_pixels: int) -> Image.Image:
     with _StrictReader(_raw(file)) as reader:
+        if dicom.is_dicom(reader.read(dicom.HEAD)):
+            return to_rgb(dicom.read(reader, max_pixels))
         image = check_pixels(_identify(reader), max_pixels)
         tiles = getattr(image, "tile", [])
         reader.strict = any(tile[0] in _PUSHED_CODECS for tile in tiles)

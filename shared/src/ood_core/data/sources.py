@@ -20,12 +20,14 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
+from ood_core.data import dicom
 from ood_core.data.decode import MAX_PIXELS, check_pixels, decode, image_suffixes, named, printable, to_rgb
 from ood_core.errors import DataError, ImageError, MissingDataError, UsageError, unknown_name
 
@@ -208,17 +210,23 @@ class ImageFolder(_Files):
             raise DataError(f"{printable(root)!r} is a file, not a folder of images.")
         paths = sorted(_scan(root))
         if not paths:
-            suffixes = ", ".join(sorted(image_suffixes()))
-            raise DataError(f"Folder {printable(root)!r} holds no image, no visible file with one of {suffixes}.")
+            raise DataError(_no_image_in(root))
         start = len(os.path.join(root, ""))
         relative = [path[start:].replace(os.sep, "/") for path in paths]
         labels = [printable(path).partition("/")[0] if "/" in path else None for path in relative]
         super().__init__(_unique(map(printable, relative)), paths, labels)
 
 
-def _scan(root: str) -> Iterator[str]:
+def _no_image_in(root: str) -> str:
+    suffixes = ", ".join(sorted(image_suffixes()))
+    unread = next(_scan(root, dicom.DICOM_SUFFIXES), "")  # with pydicom it would be an image
+    hint = f" It holds DICOM files as {printable(unread)!r}: {dicom.INSTALL}." if unread else ""
+    return f"Folder {printable(root)!r} holds no image, no visible file with one of {suffixes}.{hint}"
+
+
+def _scan(root: str, suffixes: frozenset[str] | None = None) -> Iterator[str]:
     """Paths of the image files below `root`; a link back to a folder above it is not followed."""
-    suffixes = image_suffixes()
+    suffixes = suffixes or image_suffixes()
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
     while todo:
         folder, above = todo.pop()
@@ -247,23 +255,25 @@ class Manifest(_Files):
     Args:
         path: a .csv, .tsv, .jsonl or .parquet file. The id defaults to the path as written.
         root: what relative paths are relative to; by default the manifest's folder.
+        label: the column of labels, if there.
 
     Raises:
         MissingDataError: no such file.
-        DataError: not such a table, no column `path`, an empty path, an id given twice, or no row.
+        DataError: not such a table, no column `path` or of the labels asked for, an empty path, an id given twice,
+            or no row.
 
     Example:
         >>> Manifest("train.csv").ids  # doctest: +SKIP
         ['a.jpg', 'b.jpg']
     """
 
-    def __init__(self, path: PathLike, *, root: PathLike | None = None) -> None:
+    def __init__(self, path: PathLike, *, root: PathLike | None = None, label: str = "label") -> None:
         path = _existing(path, "manifest")
-        rows = _read_rows(path)
+        rows = _read_rows(path, label)
         base = os.path.dirname(path) if root is None else os.fspath(root)
         items = [_path_of(row, number, path) for number, row in enumerate(rows, 1)]
         ids = [printable(str(_or(row.get("id"), item))) for row, item in zip(rows, items, strict=True)]
-        labels = [_printable_label(row.get("label")) for row in rows]
+        labels = [_printable_label(row.get(label)) for row in rows]
         super().__init__(ids, [os.path.join(base, item) for item in items], labels)
 
 
@@ -282,17 +292,23 @@ def _path_of(row: dict[str, Any], number: int, manifest: str) -> str:
     return path
 
 
-def _read_rows(path: str) -> list[dict[str, Any]]:
+def _read_rows(path: str, label: str) -> list[dict[str, Any]]:
     suffix = os.path.splitext(path)[1].lower()
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet_rows}
+    readers: dict[str, Callable[[str], Table]] = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".parquet": partial(_read_parquet_rows, label=label),
+    }
     if suffix not in readers:
         raise DataError(f"{printable(path)!r} is no manifest: it must end in {', '.join(readers)}.")
     try:
         columns, rows = readers[suffix](path)
     except (ValueError, OSError, csv.Error) as error:
         raise DataError(f"Manifest {printable(path)!r} cannot be read: {error}.") from error
-    if "path" not in columns:
-        raise DataError(f"{printable(path)!r} has no column 'path'; its columns are {', '.join(map(repr, columns))}.")
+    if absent := [name for name in ("path", label) if name not in (*columns, "label")]:
+        known = ", ".join(map(repr, columns))
+        raise DataError(f"{printable(path)!r} has no column {absent[0]!r}; its columns are {known}.")
     if not rows:
         raise DataError(f"Manifest {printable(path)!r} has no rows.")
     return rows
@@ -325,11 +341,11 @@ def _json_object(line: str, number: int) -> dict[str, Any]:
     return row
 
 
-def _read_parquet_rows(path: str) -> Table:
+def _read_parquet_rows(path: str, label: str) -> Table:
     import pyarrow.parquet as pq
 
     columns = pq.read_schema(path).names
-    wanted = [name for name in ("path", "id", "label") if name in columns]
+    wanted = [name for name in ("path", "id", label) if name in columns]
     return columns, pq.read_table(path, columns=wanted).to_pylist()
 
 

@@ -51,10 +51,10 @@ def detector_class(name: str) -> type[Detector]:
     Raises:
         UsageError: an unknown name, or one whose package cannot be imported.
     """
-    if name == "fusion":  # made from members, so not created by name, but loaded like the others
-        from ood_core.fusion import Fusion
+    if name in ("fusion", "score_column"):  # made from members, so not created by name, but loaded like the others
+        from ood_core.fusion import Fusion, ScoreColumn
 
-        return Fusion
+        return Fusion if name == "fusion" else ScoreColumn
     if name not in _entry_points():
         raise unknown_name("detector", name, list_detectors())
     entry = _entry_points()[name]

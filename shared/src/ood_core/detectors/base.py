@@ -11,7 +11,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ood_core._files import write_atomically, write_json
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
+from ood_core.calibration import Calibration, benjamini_hochberg, check_tpr, features_hash, scores_hash
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
 from ood_core.features import FeatureSet, stream
@@ -34,8 +36,13 @@ log = logging.getLogger(__name__)
 Scorable = Any
 """Scores (tensor, array or list of numbers), a `FeatureSet`, or images (source, folder, PIL images)."""
 
-# Fewer calibration images than this say nothing about a 5 % tail.
-_LEAST_CALIBRATION = 20
+
+class Observed(NamedTuple):
+    """What a detector made of data: scores [N], the classes it predicted (None if not asked or none), their hash."""
+
+    scores: Tensor
+    classes: Tensor | None
+    data_hash: str
 
 
 class Detector(ABC):
@@ -54,6 +61,7 @@ class Detector(ABC):
         class_names: the known classes, in the order of logits; empty until known.
         state: named tensors, saved as safetensors.
         threshold: scores below it are OOD; None before `calibrate`.
+        members: the detectors that this one is made of, by name; empty for all but fusions.
 
     Example:
         >>> detector = create_detector("knn", backbone="tiny").fit(train).calibrate(val)  # doctest: +SKIP
@@ -68,6 +76,7 @@ class Detector(ABC):
     chunk: ClassVar[int] = 512
     demo_options: ClassVar[Mapping[str, Any]] = {}
     fits_on_images: ClassVar[bool] = False
+    members: Mapping[str, Detector] = MappingProxyType({})
 
     def __init__(
         self,
@@ -84,7 +93,7 @@ class Detector(ABC):
         self.state: dict[str, Tensor] = {}
         self.threshold: float | None = None
         self.tpr: float | None = None
-        self._calibration: Tensor | None = None
+        self._calibration: Calibration | None = None
 
     # ---- what a subclass provides
 
@@ -179,7 +188,7 @@ class Detector(ABC):
         self._fit(features)
         if features.fingerprint and not self._backbone_record:
             self._backbone_record = {"spec": features.backbone, "fingerprint": features.fingerprint}
-        self.threshold, self.tpr, self._calibration = None, None, None
+        self._forget_calibration()
         return self
 
     @torch.no_grad()
@@ -249,74 +258,128 @@ class Detector(ABC):
             raise UsageError(f"{self.name!r} has no backbone to read images with: pass backbone= when creating it.")
         return self.backbone
 
-    def _scores(self, data: Scorable) -> Tensor:
-        """Scores of whatever was given: scores themselves, features or images."""
+    def _observe(self, data: Scorable, *, classify: bool = False) -> Observed:
+        """Scores of whatever was given: scores themselves, features or images; and classes, if asked for."""
         if isinstance(data, FeatureSet):
-            return self.score_features(data)
-        if isinstance(data, ImageSource | str | Path | Image.Image) or _is_image_list(data):
-            return self.score(data)
-        scores = (
-            (data if isinstance(data, Tensor) else torch.from_numpy(np.array(data, dtype=np.float32))).float().cpu()
-        )
-        if scores.ndim != 1 or not len(scores):
-            raise ValueError(f"Scores must be a non-empty vector, got shape {list(scores.shape)}.")
-        if scores.isnan().any():
-            raise ValueError(f"Scores hold NaN ({int(scores.isnan().sum())} of {len(scores)}).")
-        return scores
+            parts: Any = [data]
+        elif holds_images(data):
+            images = [data] if isinstance(data, Image.Image) else data
+            parts = (part for part in stream(self._required_backbone(), images, needs=self.needs) if len(part))
+        else:
+            scores = _score_vector(data)
+            return Observed(scores, None, scores_hash(scores))
+        scored, predicted, ids, source = [], [], [], ""
+        for part in parts:
+            scored.append(self.score_features(part))
+            predicted.append(self.predict(part) if classify else None)
+            ids += part.ids
+            source = part.source
+        known = [classes for classes in predicted if classes is not None]
+        scores = _without_nan(torch.cat(scored), self.name)
+        return Observed(scores, torch.cat(known) if known else None, features_hash(source, ids))
+
+    def explain_image(self, image: Image.Image) -> Image.Image | None:
+        """A picture of why an image got its score, as reports show it.
+
+        Args:
+            image: of any size and mode.
+
+        Returns:
+            None for methods that have no such picture.
+        """
+        return None
+
+    # ---- made of other detectors
+
+    def _leaves(self, path: str) -> dict[str, Detector]:
+        """The detectors that see images, by path: itself, or the members' members."""
+        return {path: self}
+
+    def _assemble(self, path: str, scores: Mapping[str, Tensor]) -> Tensor:
+        """Its scores from those of its leaves."""
+        return scores[path]
 
     # ---- decisions
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """Threshold, TPR with its interval, number and hash of the calibration images; None before `calibrate`."""
+        return self._calibration
+
     def calibrate(self, id_scores: Scorable, tpr: float = 0.95) -> Self:
         """Set the threshold that keeps a share `tpr` of ID images.
+
+        The true TPR of that threshold is uncertain; `self.calibration.tpr_interval()` is exact for it (the Beta
+        distribution of an order statistic, see `ood_core.calibration.tpr_interval`).
 
         Args:
             id_scores: scores, features or images of at least 20 ID images that were not used for fitting.
             tpr: share of ID images to accept, in (0, 1].
 
         Returns:
-            self, with `threshold` = the highest value that accepts at least `tpr` of them.
+            self, with `threshold` = the highest value that accepts at least `tpr` of them, and `calibration`.
 
         Raises:
             ValueError: fewer than 20 scores, NaN, or `tpr` out of range.
         """
-        if not 0 < tpr <= 1:
-            raise ValueError(f"tpr={tpr} must lie in (0, 1].")
-        scores = self._scores(id_scores)
-        if len(scores) < _LEAST_CALIBRATION:
-            raise DataError(
-                f"{len(scores)} calibration images are too few: give at least {_LEAST_CALIBRATION} ID images."
-            )
-        ordered = scores.sort().values
-        accepted = int(np.ceil(tpr * len(ordered) - 1e-9))
-        self._calibration, self.tpr = ordered, float(tpr)
-        self.threshold = float(ordered[len(ordered) - accepted])
+        check_tpr(tpr)
+        scores, classes, data_hash = self._observe(id_scores, classify=True)
+        return self._keep(Calibration.of(scores, tpr, classes=classes, data_hash=data_hash))
+
+    def _keep(self, calibration: Calibration) -> Self:
+        self._calibration, self.threshold, self.tpr = calibration, calibration.threshold, calibration.tpr
         return self
 
-    def is_ood(self, data: Scorable) -> Tensor:
+    def _forget_calibration(self) -> None:
+        self.threshold, self.tpr, self._calibration = None, None, None
+
+    def is_ood(self, data: Scorable, *, fdr: float | None = None, by_class: bool = False) -> Tensor:
         """Decisions, bool [N]: True where the score is below the threshold.
 
         Args:
             data: scores, features or images.
+            fdr: decide on the batch as a whole instead (Benjamini-Hochberg): on average at most this share of the
+                images named OOD is ID. An image's decision then depends on the others.
+            by_class: decide by `p_value(by_class=True)`: OOD at 1 - `tpr` or less, or by `fdr`.
 
         Raises:
             NotFittedError: before `calibrate`.
+            UsageError: `by_class` of a detector that does not classify, or on scores; `fdr` outside (0, 1).
+            DataError: too few calibration images for `fdr`, or for `by_class`.
         """
-        return self._scores(data) < self._calibrated(self.threshold)
+        if fdr is None and not by_class:
+            return self._observe(data).scores < self._calibrated(self.threshold)
+        if fdr is None:
+            return self._p_values(data, by_class) <= 1 - self._calibrated(self.tpr) + 1e-9
+        self._calibrated(self._calibration).check_reaches(fdr)
+        return benjamini_hochberg(self._p_values(data, by_class), fdr)
 
-    def p_value(self, data: Scorable) -> Tensor:
+    def p_value(self, data: Scorable, *, by_class: bool = False) -> Tensor:
         """Conformal p-values [N] in (0, 1]: (1 + calibration scores at or below the score) / (n + 1).
 
         Of ID images exchangeable with the calibration images at most a share `a` has a p-value of `a` or less.
 
         Args:
             data: scores, features or images.
+            by_class: against the calibration images of the same predicted class, so that this holds among the images
+                predicted as each class. Classes with fewer than 20 calibration images are taken together.
 
         Raises:
             NotFittedError: before `calibrate`.
+            UsageError: `by_class` of a detector that does not classify, or on scores.
+            DataError: `by_class`, and no class has 20 calibration images.
         """
-        ordered = self._calibrated(self._calibration)
-        below = torch.searchsorted(ordered, self._scores(data), right=True)
-        return (1 + below).float() / (len(ordered) + 1)
+        return self._p_values(data, by_class).float()
+
+    def _p_values(self, data: Scorable, by_class: bool) -> Tensor:
+        known = self._calibrated(self._calibration)
+        observed = self._observe(data, classify=by_class)
+        if by_class and observed.classes is None:
+            raise UsageError(
+                f"{self.name!r} has no predicted class for these data: p-values by class need features or images, and "
+                "a detector that classifies."
+            )
+        return known.p_values(observed.scores, observed.classes)
 
     def _calibrated(self, value: Any) -> Any:
         if value is None:
@@ -362,15 +425,24 @@ class Detector(ABC):
         for name in params:
             if name not in current:
                 raise unknown_name(f"option of {self.name!r}", name, current)
-        made = type(self)(**{**current, **params})
+        made = self._with_params({**current, **params})
         for name in params:
             setattr(self, name, getattr(made, name))
         if self.fit_options & set(params):
             self.state = {}
             if self._backbone is not None:
                 self._attach(self._backbone)
-        self.threshold, self.tpr, self._calibration = None, None, None
+        self._forget_calibration()
         return self
+
+    def _with_params(self, params: dict[str, Any]) -> Self:
+        """A new detector of these options, which checks them."""
+        return type(self)(**params)
+
+    @property
+    def stamps(self) -> dict[str, Any]:
+        """What results must say of this detector beside its options."""
+        return {}
 
     # ---- storage
 
@@ -379,8 +451,15 @@ class Detector(ABC):
         folder = Path(folder)
         tensors = {f"state.{name}": value.contiguous() for name, value in self.state.items()}
         if self._calibration is not None:
-            tensors["calibration"] = self._calibration
-        config = {
+            tensors["calibration"] = self._calibration.scores
+            if self._calibration.classes is not None:
+                tensors["calibration.classes"] = self._calibration.classes
+        write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
+        write_json(folder / "config.json", self._config())
+
+    def _config(self) -> dict[str, Any]:
+        """Everything saved that is no tensor."""
+        return {
             "schema": 1,
             "detector": self.name,
             "params": self.get_params(),
@@ -389,9 +468,8 @@ class Detector(ABC):
             "backbone": self._backbone_record,
             "threshold": self.threshold,
             "tpr": self.tpr,
+            "calibration": None if self._calibration is None else self._calibration.describe(),
         }
-        write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
-        write_json(folder / "config.json", config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, backbone: Backbone | str | None = None) -> Self:
@@ -418,8 +496,8 @@ class Detector(ABC):
         except TypeError as error:
             raise DataError(f"{path} was saved by another version of {config['detector']!r}: {error}.") from error
         made.state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
-        made._calibration = tensors.get("calibration")
-        made.threshold, made.tpr = config["threshold"], config["tpr"]
+        if "calibration" in tensors:
+            made._keep(_read_calibration(config, tensors))
         made._backbone_record = config["backbone"]
         if backbone is not None:
             made._set_backbone(backbone)
@@ -465,8 +543,34 @@ def _plain(name: str) -> str:
     return str(name).replace("_", " ").strip()
 
 
-def _is_image_list(data: Any) -> bool:
+def holds_images(data: Any) -> bool:
+    """Whether data are images, rather than features or scores."""
+    if isinstance(data, ImageSource | str | Path | Image.Image):
+        return True
     return isinstance(data, list | tuple) and bool(data) and isinstance(data[0], Image.Image)
+
+
+def _without_nan(scores: Tensor, name: str) -> Tensor:
+    """NaN is below no threshold: without this check such an image would pass as ID."""
+    if scores.isnan().any():
+        raise DataError(f"{name!r} gave no number (NaN) for {int(scores.isnan().sum())} of {len(scores)} images.")
+    return scores
+
+
+def as_float32(scores: Any) -> Tensor:
+    """A tensor, array or list as a float32 tensor on the CPU."""
+    return (
+        (scores if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores, dtype=np.float32))).float().cpu()
+    )
+
+
+def _score_vector(data: Any) -> Tensor:
+    scores = as_float32(data)
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"Scores must be a non-empty vector, got shape {list(scores.shape)}.")
+    if scores.isnan().any():
+        raise ValueError(f"Scores hold NaN ({int(scores.isnan().sum())} of {len(scores)}).")
+    return scores
 
 
 def _local_folder(folder: str | Path) -> Path:
@@ -499,3 +603,15 @@ def _read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict) or (missing := wanted - set(config)):
         raise DataError(f"{path / 'config.json'} is not of a saved detector: it lacks {sorted(missing)}.")
     return config, tensors
+
+
+def _read_calibration(config: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
+    """Detectors saved by earlier versions have neither classes nor hash."""
+    record = config.get("calibration") or {}
+    return Calibration(
+        scores=tensors["calibration"],
+        threshold=config["threshold"],
+        tpr=config["tpr"],
+        classes=tensors.get("calibration.classes"),
+        data_hash=record.get("data_hash", ""),
+    )

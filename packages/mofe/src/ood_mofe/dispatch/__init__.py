@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
 
-import torch
-import torch.nn.functional as F
 from ood_core import _check
 from torch import Tensor
 
+from ood_mofe.dispatch import reference as plain
+from ood_mofe.dispatch import torch as loop
 from ood_mofe.experts import StackedExperts
 
 __all__ = ["expert_class_token", "expert_tokens"]
 
-_BACKENDS = (None, "reference", "torch")
+_BACKENDS = {"reference": plain, "torch": loop}
 
 
 def expert_tokens(tokens: Tensor, expert: Tensor, experts: StackedExperts, *, backend: str | None = None) -> Tensor:
@@ -23,26 +24,28 @@ def expert_tokens(tokens: Tensor, expert: Tensor, experts: StackedExperts, *, ba
         tokens: input of the block [B, T, D].
         expert: int64 [B] in [0, E).
         experts: E stacked blocks of width D.
-        backend: None (choose), "reference" (all experts on all images, then a choice) or "torch" (each expert on its
-            own images).
+        backend: "reference" (all experts on all images, then a choice), "torch" (each expert on its own images),
+            "triton" (kernels for CUDA and HIP devices) or None: "triton" where it can run, otherwise "torch".
 
     Returns:
         [B, T, D]; an expert without images gets a gradient of zero.
 
     Raises:
         TypeError: not floating-point tokens, or an expert that is no integer.
-        ValueError: shapes that do not fit, NaN, an expert out of range, or an unknown backend.
+        ValueError: shapes that do not fit, NaN, an expert out of range, an unknown backend, or "triton" where it
+            cannot run.
 
     Source: the paper's MoFE layer, an image's tokens all through one expert.
 
     Example:
+        >>> import torch
         >>> from ood_core import create_backbone
         >>> experts = StackedExperts.from_block(create_backbone("tiny").last_block, 2)
         >>> expert_tokens(torch.randn(3, 65, 192), torch.tensor([0, 1, 1]), experts).shape
         torch.Size([3, 65, 192])
     """
     tokens, expert = _checked(tokens, expert, experts, backend)
-    return _dispatch(tokens, expert, experts, experts.block, backend)
+    return _choose(backend, tokens).all_tokens(tokens, expert, experts)
 
 
 def expert_class_token(
@@ -58,7 +61,9 @@ def expert_class_token(
         tokens: input of the block [B, T, D].
         expert: int64 [B] in [0, E).
         experts: E stacked blocks of width D.
-        backend: None (choose), "reference" (the full block of every expert) or "torch" (the folded form).
+        backend: "reference" (the full block of every expert), "torch" (the folded form), "triton" (the folded form in
+            kernels for CUDA and HIP devices; its attention runs in torch if `tokens` require a gradient) or None:
+            "triton" where it can run, otherwise "torch".
 
     Returns:
         [B, D].
@@ -67,19 +72,18 @@ def expert_class_token(
         TypeError, ValueError: as `expert_tokens`.
 
     Example:
+        >>> import torch
         >>> from ood_core import create_backbone
         >>> experts = StackedExperts.from_block(create_backbone("tiny").last_block, 2)
         >>> expert_class_token(torch.randn(3, 65, 192), torch.tensor([0, 1, 1]), experts).shape
         torch.Size([3, 192])
     """
     tokens, expert = _checked(tokens, expert, experts, backend)
-    if backend == "reference":
-        return _dispatch(tokens, expert, experts, experts.block, backend)[:, 0]
-    return _dispatch(tokens, expert, experts, lambda e, z: _folded(e, z, experts), backend)
+    return _choose(backend, tokens).class_token(tokens, expert, experts)
 
 
 def _checked(tokens: Tensor, expert: Tensor, experts: StackedExperts, backend: str | None) -> tuple[Tensor, Tensor]:
-    _check.choice("backend", backend, _BACKENDS)
+    _check.choice("backend", backend, (None, *_BACKENDS, "triton"))
     tokens, _ = _check.tensors(tokens=(tokens, "B T D"), experts=(experts.norm1_weight, "E D"))
     expert = _check.labels("expert", expert, len(tokens), len(experts))
     if expert.device != tokens.device:
@@ -87,33 +91,20 @@ def _checked(tokens: Tensor, expert: Tensor, experts: StackedExperts, backend: s
     return tokens.to(experts.norm1_weight.dtype), expert
 
 
-def _dispatch(
-    tokens: Tensor,
-    expert: Tensor,
-    experts: StackedExperts,
-    run: Callable[[int, Tensor], Tensor],
-    backend: str | None,
-) -> Tensor:
-    if backend == "reference":
-        every = torch.stack([run(e, tokens) for e in range(len(experts))], 1)
-        return every[torch.arange(len(tokens), device=tokens.device), expert]
-    rows = [(expert == e).nonzero()[:, 0] for e in range(len(experts))]
-    parts = [run(e, tokens[mine]) for e, mine in enumerate(rows) if len(mine)]
-    # Sorted by expert, then put back: in-place assignment would fail under autocast.
-    return torch.cat(parts)[torch.cat(rows).argsort()]
+def _choose(backend: str | None, tokens: Tensor) -> ModuleType:
+    on_gpu = tokens.is_cuda  # true of HIP devices, too
+    if backend is None:
+        backend = "triton" if on_gpu and find_spec("triton") else "torch"
+    if backend != "triton":
+        return _BACKENDS[backend]
+    if not find_spec("triton"):
+        raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='torch'.")
+    # Imported late: only this backend needs Triton, whose import takes a while.
+    from ood_mofe.dispatch import triton as kernels
 
-
-def _folded(e: int, z: Tensor, experts: StackedExperts) -> Tensor:
-    """One expert's class token [b, D] from tokens [b, T, D]."""
-    p, heads, width = experts, experts.num_heads, experts.width
-    normed = F.layer_norm(z, (width,), eps=p.eps)
-    gain, shift = p.norm1_weight[e], p.norm1_bias[e]
-    query, key, value = p.qkv_weight[e].view(3, heads, -1, width)
-    query_bias, _, value_bias = p.qkv_bias[e].view(3, heads, -1)  # the key's bias cancels in the softmax
-    q = torch.einsum("bd,hkd->bhk", gain * normed[:, 0] + shift, query) + query_bias
-    folded = gain * torch.einsum("bhk,hkd->bhd", q, key) * key.shape[1] ** -0.5
-    attention = (folded @ normed.mT).softmax(-1)  # [b, heads, T]
-    mean = gain * (attention @ normed) + shift  # the weights sum to 1, so the shift stays as it is
-    out = torch.einsum("bhd,hkd->bhk", mean, value) + value_bias
-    out = F.linear(out.flatten(1), p.out_weight[e], p.out_bias[e])
-    return p.feed_forward(e, z[:, 0] + (out if p.scale1 is None else out * p.scale1[e]))
+    if kernels.compiled() and not on_gpu:
+        raise ValueError(
+            f"backend='triton' needs tensors on a CUDA or HIP device, got {tokens.device}: move them, use "
+            "backend='torch', or start Python with TRITON_INTERPRET=1 to interpret the kernels on any device."
+        )
+    return kernels

@@ -1,0 +1,208 @@
+"""MoFE and Dynamic-beta Mixup on the protocol `tiny-imagenet-100`, beside its baselines on the same image tower.
+
+    uv run python benchmarks/mofe.py --packs ../shared/data --work ~/.cache/ood-mofe
+
+Experts learn from the split `fit` (50 images per ID class). Every run is kept in --work and read back. The trunk below
+the last block is the same for all: its tokens of the test sets are computed once. Writes benchmarks/results/mofe.json,
+which `tools/make_docs.py` turns into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ood_core import FeatureSet, ParquetImages, create_backbone, create_detector, evaluate
+from ood_core._files import write_json
+from ood_core.backbones.base import Backbone
+from ood_core.data import load_batches
+from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import Detector
+from ood_core.evaluation import environment
+from ood_mofe.functional import wordnet_groups
+from ood_mofe.partition import imagenet_edges
+from tiny_imagenet_100 import FAR, split_classes
+
+RESULT = Path(__file__).parent / "results" / "mofe.json"
+MAIN: dict[str, dict[str, Any]] = {
+    "naive fine-tuning": {"moe": False, "mixup": False},
+    "MOS": {"moe": False, "mixup": False, "group_heads": True},
+    "MoFE": {"mixup": False},
+    "Dynamic-beta Mixup": {"moe": False},
+    "MoFE + Dynamic-beta Mixup": {},
+}
+VARIATIONS: dict[str, dict[str, Any]] = {
+    **{f"{e} experts": {"experts": e, "mixup": False} for e in (1, 2, 3, 7, 8, 9)},
+    "rates x 0.1": {"learning_rate": 1e-5, "head_learning_rate": 1e-3, "mixup": False},
+    "rates x 3": {"learning_rate": 3e-4, "head_learning_rate": 3e-2, "mixup": False},
+    "grouping by clustering alone": {"grouping": "clustering", "groups": None, "mixup": False},
+    "grouping by WordNet alone": {"grouping": "given", "mixup": False},
+    "router without norm": {"router_norm": "none", "mixup": False},
+    "plain mixup": {"moe": False, "dynamic": False},
+    "no regulariser": {"moe": False, "reg": "none"},
+    "regulariser on the normed token": {"moe": False, "reg_on": "post_norm"},
+}
+FROZEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "knn": ("knn", {"k": 50}),
+    "msp of a linear probe": ("linear_probe", {}),
+    "max_logit of a linear probe": ("linear_probe", {"scorer": "max_logit"}),
+    "energy of a linear probe": ("linear_probe", {"scorer": "energy"}),
+}
+
+
+class Sets:
+    """Tokens before the last block of every set."""
+
+    def __init__(self, backbone: Backbone, packs: Path) -> None:
+        self.backbone = backbone
+        fit = ParquetImages(packs / "tiny-imagenet.parquet", split="fit")
+        self.fit, self.wnids = split_classes(fit)[0], sorted(map(str, fit.label_values))[:100]
+        test, near = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="val"))
+        sources = {"id": test, "near": near}
+        for name, spec in FAR.items():
+            file, _, split = spec.partition(":")
+            sources[name] = ParquetImages(packs / file, split=split or None)
+        self.kept = {name: self._read(source) for name, source in sources.items()}
+
+    @torch.no_grad()
+    def _read(self, source: ImageSource) -> tuple[FeatureSet, torch.Tensor]:
+        batches = load_batches(source, self.backbone.transform, batch_size=100, progress=False)
+        tokens = torch.cat([self.backbone.prefix(self.backbone._pixels(batch.pixels)) for batch in batches])
+        labels = None if source.labels is None else torch.as_tensor(source.labels)
+        return FeatureSet(list(source.ids), labels, list(source.label_names), source=source.fingerprint), tokens
+
+    @torch.no_grad()
+    def of_experts(self, detector: Any) -> dict[str, FeatureSet]:
+        """What a fitted MoFE reads."""
+        network, fingerprint = detector.network(), detector.backbone.fingerprint
+        found = {}
+        for name, (plain, tokens) in self.kept.items():
+            parts = [network.features(part) for part in tokens.split(500)]
+            extra = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            found[name] = replace(plain, extra=extra, fingerprint=fingerprint)
+        return found
+
+    def of_backbone(self) -> dict[str, FeatureSet]:
+        """The class token behind the frozen last block and norm, as "image"."""
+        return {name: replace(plain, image=self._token(tokens)) for name, (plain, tokens) in self.kept.items()}
+
+    def frozen_fit(self) -> FeatureSet:
+        """The same of the training images."""
+        plain, tokens = self._read(self.fit)
+        return replace(plain, image=self._token(tokens))
+
+    @torch.no_grad()
+    def _token(self, tokens: torch.Tensor) -> torch.Tensor:
+        block, norm = self.backbone.last_block, self.backbone.final_norm
+        return torch.cat([F.normalize(norm(block(part)[:, 0]).float(), dim=1) for part in tokens.split(500)])
+
+
+def judge(detectors: dict[str, Detector], features: dict[str, FeatureSet]) -> dict[str, Any]:
+    features = dict(features)
+    found = evaluate(detectors, id=features.pop("id"), ood=features).results["detectors"]
+    for figures in found.values():
+        for metric in ("auroc", "fpr95"):
+            figures.setdefault("far_mean", {})[metric] = statistics.fmean(figures["per_set"][n][metric] for n in FAR)
+    return found
+
+
+def scores_of(detector: Any) -> dict[str, Detector]:
+    """The scores that this network has, by name."""
+    wanted: dict[str, dict[str, Any]] = {
+        "knn": {"scorer": "knn", "bank": "expert"},
+        "knn, one bank": {"scorer": "knn", "bank": "global"},
+        "msp": {"scorer": "msp"},
+        "max_logit": {"scorer": "max_logit"},
+        "energy": {"scorer": "energy"},
+    }
+    if not detector.moe:
+        wanted.pop("knn, one bank")
+    if detector.moe or detector.group_heads:
+        wanted["mos"] = {"scorer": "mos"}
+    return {name: copy(detector).set_params(**options) for name, options in wanted.items()}
+
+
+def word_groups(sets: Sets, experts: int) -> dict[str, int]:
+    """WordNet's groups of the ID classes by name: the pack's labels are names, WordNet's are ids."""
+    groups = wordnet_groups(imagenet_edges(), sets.wnids, experts).tolist()
+    return dict(zip(sets.fit.label_names, groups, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packs", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--experts", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--head-learning-rate", type=float, default=1e-2)
+    parser.add_argument("--augment", action="store_true", help="new crops in every epoch; else tokens are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--which", nargs="+", default=["frozen", "main", "variations"])
+    parser.add_argument("--only", nargs="+", help="of the rows")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    backbone = create_backbone(args.backbone, dtype="float32")
+    work, sets = args.work.expanduser() / backbone.fingerprint[:12], Sets(backbone, args.packs)
+    common = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "head_learning_rate")}
+    common |= {"augment": args.augment}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    if "frozen" in args.which:
+        train = sets.frozen_fit()
+        made = {name: create_detector(method, **options).fit(train) for name, (method, options) in FROZEN.items()}
+        runs["frozen"] = [{"seed": None, "scores": judge(made, sets.of_backbone())}]
+        _tell("frozen", runs["frozen"][-1])
+    rows = [(label, options, args.seeds) for label, options in MAIN.items() if "main" in args.which]
+    rows += [(label, options, args.seeds[:1]) for label, options in VARIATIONS.items() if "variations" in args.which]
+    for label, options, seeds in rows:
+        if args.only and label not in args.only:
+            continue
+        for seed in seeds:
+            chosen: dict[str, Any] = {"experts": args.experts, **common, "seed": seed, **options}
+            if "groups" not in chosen and (chosen.get("moe", True) or chosen.get("group_heads")):
+                chosen["groups"] = word_groups(sets, chosen["experts"])
+                chosen.setdefault("grouping", "both")
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            folder = (
+                work / f"{label}-{args.epochs}-{'augment' if args.augment else 'plain'}".replace(" ", "-") / f"{seed}"
+            )
+            runs.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
+            _tell(label, runs[label][-1])
+    settings = common | {"experts": args.experts, "images": len(sets.fit)}
+    about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
+    write_json(args.out, {"protocol": "tiny-imagenet-100", "runs": runs, "settings": settings, "environment": about})
+    return 0
+
+
+def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> dict[str, Any]:
+    """A training and its figures, read back if it is finished."""
+    file = folder / "results.json"
+    if not file.exists():
+        started = time.perf_counter()
+        detector: Any = create_detector("mofe", backbone=backbone, class_names=sets.fit.label_names, **options)
+        detector.fit(sets.fit, checkpoint=folder / "checkpoint.safetensors", progress=False)
+        minutes = (time.perf_counter() - started) / 60
+        scores = judge(scores_of(detector), sets.of_experts(detector))
+        write_json(file, {"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history})
+    return json.loads(file.read_text())
+
+
+def _tell(label: str, run: dict[str, Any]) -> None:
+    for name, figures in run["scores"].items():
+        near, far, accuracy = figures["per_set"]["near"]["auroc"], figures["far_mean"]["auroc"], figures.get("accuracy")
+        print(f"{label}, {name}: near {near:.3f} far {far:.3f} accuracy {accuracy}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The paper's benchmarks and studies on the user's data, our numbers beside the published ones."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ood_core.cli.common import (
+    extraction_options,
+    load_backbone,
+    message,
+    parse_param,
+    print_json,
+    print_table,
+)
+from ood_core.cli.methods import show_found
+from ood_core.errors import unknown_name
+from ood_core.runs import percent
+
+from ood_hvl._published import published_table
+from ood_hvl.layouts import Layout, find_layout, inspect_layout
+
+__all__ = ["PARTS", "STUDIES", "reproduce"]
+
+PARTS: dict[str, dict[str, Any]] = {
+    "no L_OOD, no CSF": {"selection": "none", "csf": False},
+    "no L_OOD": {"selection": "none"},
+    "background, no CSF": {"selection": "background", "csf": False},
+    "no CSF": {"csf": False},
+    "background": {"selection": "background"},
+    "HVL": {},
+}
+"""The rows of the paper's Table 2 in its order, as options of `HVL`."""
+
+STUDIES: dict[str, dict[str, dict[str, Any]]] = {
+    "parts": PARTS | {"no lower scales": {"lower_scales": False}},
+    "k": {f"K={k}": {"k": k} for k in (1, 2, 4, 6, 8)},
+    "n": {f"n={n}": {"n": n, "k": min(4, 4 * n * n)} for n in (1, 2, 3, 4, 6, 8)},
+}
+"""Settings by study: Table 2 with the left panel of Fig. 2, and the other panels of Fig. 2."""
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Run a benchmark or a study of the paper."""
+    from ood_hvl.runner import BASELINES, pyramid_features, run_layout, summarise
+
+    if args.study and args.study not in STUDIES:
+        raise unknown_name("study", args.study, STUDIES)
+    if args.dry_run:
+        show_found(args, inspect_layout(args.protocol, args.root))
+        return
+    layout = find_layout(args.protocol, args.root, **_layout_options(args))
+    message(layout.describe())
+    backbone, given = load_backbone(args), dict(map(parse_param, args.param))
+    settings = STUDIES[args.study] if args.study else {"HVL": {}}
+    results: dict[str, Any] = {}
+    for label, options in settings.items():
+        options = options | given
+        message(f"{label}: embeddings at {options.get('n', 2)} x {options.get('n', 2)} partitions, then training")
+        runs = run_layout(
+            layout,
+            backbone,
+            pyramid_features(layout, backbone, options, **extraction_options(args)),
+            options=options,
+            seeds=args.seeds,
+            baselines=None if args.study else BASELINES,
+            folder=Path(args.out) / _folder(layout) / label.replace(" ", "-"),
+        )
+        results |= {_name(label, detector): row for detector, row in summarise(runs, layout).items()}
+    published = _published(args.protocol, args.study)
+    if args.json:
+        print_json({"protocol": args.protocol, "results": results, "published": published, "notes": _notes(layout)})
+        return
+    print_table(
+        ["percent", "accuracy", "FPR95", "AUROC"],
+        [[name, *(percent(row[measure]) for measure in _COLUMNS)] for name, row in results.items()]
+        + [
+            [f"published: {row['method']}", *(_published_cell(row, measure) for measure in _COLUMNS)]
+            for row in published
+        ],
+    )
+    message(f"Every run: {args.out}")
+
+
+_COLUMNS = ("accuracy", "fpr95", "auroc")
+
+
+def _layout_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.protocol == "isic-4":
+        return {"folds": args.folds}
+    if args.protocol == "nct-crc" and args.ood_triples:
+        return {"ood_triples": [triple.split(",") for triple in args.ood_triples]}
+    return {}
+
+
+def _folder(layout: Layout) -> str:
+    """Apart by the kind of folds."""
+    return layout.tasks[0].name.rpartition("-")[0] if layout.name == "isic-4" else layout.name
+
+
+def _notes(layout: Layout) -> list[str]:
+    return list(dict.fromkeys([*layout.notes, *(note for task in layout.tasks for note in task.notes)]))
+
+
+def _name(label: str, detector: str) -> str:
+    """Rows of HVL are named after the setting, with the mean over tiles; others as they are."""
+    if not detector.startswith("hvl"):
+        return detector
+    mean = detector.partition("_")[2]
+    return label + (f", patch_mean={mean}" if mean else "")
+
+
+def _published(protocol: str, study: str | None) -> list[dict[str, Any]]:
+    """The paper's rows for this benchmark: Table 1, Table 2 for its parts, none for what it only draws."""
+    if study in ("k", "n"):
+        return []
+    if study is None:
+        return [{"method": row["method"], **row["sets"][protocol]} for row in published_table(1)["rows"]]
+    rows = published_table(2)["rows"]
+    return [{"method": name, **row["sets"][protocol]} for name, row in zip(PARTS, rows, strict=True)]
+
+
+def _published_cell(row: dict[str, Any], measure: str) -> str:
+    spread = row.get(f"{measure}_std")
+    return f"{row[measure]:.2f}" + (f"±{spread:.2f}" if spread is not None else "")

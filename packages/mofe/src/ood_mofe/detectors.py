@@ -1,0 +1,503 @@
+"""MoFE as a detector: experts trained on images, and scores in the feature space of each image's expert."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ood_core import _check, functional
+from ood_core.backbones import create_backbone
+from ood_core.backbones.base import Backbone, hash_tensors
+from ood_core.data import open_source
+from ood_core.data.sources import ImageSource
+from ood_core.detectors.trained import TrainedDetector
+from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.features import FeatureSet, extract
+from torch import Tensor
+
+from ood_mofe.functional import atd, ctw, mos
+from ood_mofe.model import MoFENetwork, Readout, require_class_token
+from ood_mofe.partition import GROUPINGS, assign_groups, initial_groups
+from ood_mofe.training import Split, split_validation, survey, train_network
+
+__all__ = ["MoFE", "read_texts"]
+
+log = logging.getLogger(__name__)
+
+_FEATURES = frozenset({"router", "token"})
+_LOGIT_SCORES = {"msp": functional.msp, "max_logit": functional.max_logit, "energy": functional.energy}
+_HEAD_SCORES = ("others", "mos")
+_TEXT_SCORES = ("atd", "ctw")
+_TRAINING = (
+    *("mixup", "dynamic", "accuracy_weight", "reg", "reg_on", "reg_weight", "smoothing"),
+    *("epochs", "batch_size", "learning_rate", "head_learning_rate", "weight_decay", "clip", "seed"),
+    *("augment", "crop_scale", "cache_limit"),
+)
+_NETWORK = ("router_norm", "gate", "top_k", "tokens")
+
+
+class MoFE(TrainedDetector):
+    """Mixture of feature experts with Dynamic-beta Mixup.
+
+    `fit` divides the classes into groups, copies the backbone's last block for each, and trains the copies, the router
+    that sends an image to one of them, and linear heads. The rest of the backbone stays as it is.
+
+    Args:
+        scorer: "knn" (distance to the k-th nearest training feature), "msp", "max_logit" or "energy" (of the global
+            head, or of the expert's head where there is none), "others" (1 - probability of "others" in the expert's
+            head), "mos" (minimum of "others" over all heads), "atd" or "ctw" (CLIPN's, with `texts`; "atd" without
+            them is "others").
+        k: neighbour of "knn"; a smaller bank uses its farthest entry.
+        bank: "expert" compares with the training images of the same expert, "global" with all.
+        head: that predicts the class, "expert" or "global"; None: the expert's where there is one.
+        texts: .npz file with CLIPN's text features {yes: [C, d], no: [C, d]} in the order of the classes.
+        experts: their number E.
+        grouping: how classes are divided, see `assign_groups`.
+        groups: class -> group, or a CSV file of them, see `assign_groups`.
+        moe: off, all classes share one copy of the last block.
+        group_heads: without `moe`: a head with "others" for every group of classes, as MOS has; else a head over all.
+        router_norm: "layer_norm" or "none", see `MoFENetwork`.
+        gate: "none", "prob" or "renorm", see `MoFENetwork`.
+        top_k: experts per image, see `MoFENetwork`.
+        tokens: "cls" or "all", see `MoFENetwork`.
+        mixup: train on mixed images, too.
+        dynamic: mix the less, the more accurate a class is (Dynamic-beta); off is plain mixup.
+        accuracy_weight: w, how much the accuracy counts.
+        reg: "l2" keeps features small, "ls" smooths the labels of mixed images, "none" does neither.
+        reg_on: features that "l2" is on, "pre_norm" (in units of their mean square at the start) or "post_norm".
+        reg_weight: eta, factor of "l2".
+        smoothing: of "ls".
+        epochs: passes over the training images.
+        batch_size: images per step, and as many mixed ones.
+        learning_rate: of AdamW for experts and final norm, peak of the schedule.
+        head_learning_rate: for router and heads.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        augment: random crop and flip, new in every epoch.
+        crop_scale: smallest share of the image's area in a crop.
+        validation: share of each class's images that is held out to measure its accuracy, at most 50 images.
+        cache_limit: bytes of images and tokens that training may keep in memory.
+        seed: of router, heads, order, views and mixes.
+        **common: see `create_detector`.
+
+    Attributes:
+        history: per epoch the terms of the loss, the validation accuracy and the norm of the class token.
+
+    Source: Zhao et al., ICCV 2025. The number of experts is the paper's; it does not give the recipe.
+
+    Example:
+        >>> detector = create_detector("mofe", backbone="tiny", experts=3).fit("train/")  # doctest: +SKIP
+        >>> detector.calibrate("held_out/").is_ood("new/")  # doctest: +SKIP
+    """
+
+    name = "mofe"
+    capabilities = frozenset({"image", "blocks"})
+    remedy = "call fit(images) with labelled ID images first"
+    fits_on_images = True
+    # A dozen classes and a few steps: fewer experts, and higher rates, so that they learn at all.
+    demo_options: ClassVar[Mapping[str, Any]] = {
+        "experts": 3,
+        "epochs": 3,
+        "batch_size": 32,
+        "augment": False,
+        "learning_rate": 1e-4,
+        "head_learning_rate": 1e-2,
+        "k": 5,
+    }
+
+    def __init__(
+        self,
+        *,
+        scorer: str = "knn",
+        k: int = 50,
+        bank: str = "expert",
+        head: str | None = None,
+        texts: str | Path | None = None,
+        experts: int = 7,
+        grouping: str = "auto",
+        groups: Mapping[str, Any] | str | Path | None = None,
+        moe: bool = True,
+        group_heads: bool = False,
+        router_norm: str = "layer_norm",
+        gate: str = "none",
+        top_k: int = 1,
+        tokens: str = "cls",
+        mixup: bool = True,
+        dynamic: bool = True,
+        accuracy_weight: float = 0.8,
+        reg: str = "l2",
+        reg_on: str = "pre_norm",
+        reg_weight: float = 0.1,
+        smoothing: float = 0.1,
+        epochs: int = 10,
+        batch_size: int = 256,
+        learning_rate: float = 1e-5,
+        head_learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        clip: float = 1.0,
+        augment: bool = True,
+        crop_scale: float = 0.5,
+        validation: float = 0.1,
+        cache_limit: float = 4e9,
+        seed: int = 0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.scorer = _check.choice("scorer", scorer, ("knn", *_LOGIT_SCORES, *_HEAD_SCORES, *_TEXT_SCORES))
+        self.bank = _check.choice("bank", bank, ("expert", "global"))
+        self.head = _check.choice("head", head, (None, "expert", "global"))
+        self.texts = None if texts is None else str(texts)
+        self.grouping = _check.choice("grouping", grouping, GROUPINGS)
+        self.groups = dict(groups) if isinstance(groups, Mapping) else None if groups is None else str(groups)
+        self.moe, self.group_heads, self.mixup, self.dynamic = moe, group_heads, mixup, dynamic
+        self.router_norm, self.gate, self.tokens = router_norm, gate, tokens
+        self.reg = _check.choice("reg", reg, ("l2", "ls", "none"))
+        self.reg_on = _check.choice("reg_on", reg_on, ("pre_norm", "post_norm"))
+        self.augment, self.cache_limit = augment, cache_limit
+        self.experts = _check.integer("experts", experts, 1, 2**31)
+        self.k = _check.integer("k", k, 1, 2**31)
+        self.top_k = _check.integer("top_k", top_k, 1, experts)
+        self.epochs = _check.integer("epochs", epochs, 1, 2**31)
+        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
+        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self.learning_rate = _check.positive("learning_rate", learning_rate)
+        self.head_learning_rate = _check.positive("head_learning_rate", head_learning_rate)
+        self.clip = _check.positive("clip", clip)
+        self.accuracy_weight = _factor("accuracy_weight", accuracy_weight)
+        self.reg_weight = _factor("reg_weight", reg_weight)
+        self.weight_decay = _factor("weight_decay", weight_decay)
+        self.smoothing, self.crop_scale, self.validation = smoothing, crop_scale, validation
+        self._check_options()
+
+    def _check_options(self) -> None:
+        split_validation(torch.zeros(0).long(), self.validation)
+        if not 0 <= self.smoothing < 1:
+            raise UsageError(f"smoothing={self.smoothing!r} must be a share in [0, 1).")
+        if not 0 < self.crop_scale <= 1:
+            raise UsageError(f"crop_scale={self.crop_scale!r} must be a share above 0 and at most 1.")
+        if self.moe and self.group_heads:
+            raise UsageError("group_heads=True is for one shared block: pass moe=False, too.")
+        if self.mixup and self.dynamic and not self.validation:
+            raise UsageError(
+                "validation=0 leaves no images to measure accuracies with: pass dynamic=False, or a share."
+            )
+        if self.head == "global" and not self._has_global_head:
+            raise UsageError("head='global' is trained by mixup=True, or where all classes share one head (moe=False).")
+        if self.head == "expert" and not self._has_heads:
+            raise UsageError("head='expert' needs experts' heads: pass moe=True or group_heads=True.")
+        if self.scorer == "others" and not self.moe:
+            raise UsageError("scorer='others' reads the head of one expert: pass moe=True, or scorer='mos'.")
+        if self.scorer in ("mos", "atd") and not (self._has_heads or self.texts):
+            raise UsageError(f"scorer={self.scorer!r} needs groups' heads: pass moe=True or group_heads=True.")
+        if self.scorer == "ctw" and not self.texts:
+            raise UsageError("scorer='ctw' needs texts=, a file with CLIPN's text features.")
+
+    # ---- what there is
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Router logits and class token, once there is an expert to compute it."""
+        return _FEATURES if self.fitted else frozenset({"image"})
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it has been trained and has a bank."""
+        return "bank" in self.state
+
+    @property
+    def fit_options(self) -> frozenset[str]:  # type: ignore[override]
+        """Everything but what only the score depends on."""
+        return frozenset(self._option_names()) - {"scorer", "k", "bank", "head", "texts", "cache_limit"}
+
+    @property
+    def _has_heads(self) -> bool:
+        return self.moe or self.group_heads
+
+    @property
+    def _has_global_head(self) -> bool:
+        return self.mixup or not self._has_heads
+
+    def _head(self, trained_with: str | None) -> str:
+        """As `Readout.class_logits` calls it."""
+        if trained_with == "global" or not self._has_heads:
+            return "global"
+        return "expert" if self.moe else "groups"
+
+    @property
+    def group(self) -> Tensor:
+        """Group of each class, int64 [C]."""
+        return self.state.get("model.readout.heads.group", torch.zeros(len(self.class_names)).long())
+
+    # ---- fitting
+
+    def fit(
+        self,
+        images: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        resume: bool = True,
+        cache: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Divide the classes, train the experts and fill their banks; forgets an earlier fit and calibration.
+
+        Args:
+            images: labelled ID images (a source, a folder, ...).
+            checkpoint: file that keeps what is learned after every epoch.
+            resume: go on from it.
+            cache: folder for the frozen backbone's class tokens and the bank's features.
+            progress: a bar on stderr; None shows it on a terminal only.
+
+        Raises:
+            UsageError: no backbone or one without a class token, features instead of images, more experts than
+                classes, or one class only.
+            DataError: labels that are missing or unknown, a class without images, or a loss that is no longer finite.
+        """
+        if isinstance(images, FeatureSet):
+            raise UsageError(f"{self.name!r} trains a part of the backbone: fit it on images, not on features.")
+        backbone = _plain(self._required_backbone())
+        source = open_source(images)
+        labels = self._labels(source)
+        if self._has_heads:
+            initial_groups(self.class_names, self.experts, **self._grouping())  # to refuse what cannot work at once
+        if self.texts:
+            self._read_texts(backbone)
+        split = Split.of(source, labels, self.validation)
+        extraction: dict[str, Any] = {"cache": cache, "progress": progress}
+        found = survey(backbone, split, classes=len(self.class_names), router_norm=self.router_norm, **extraction)
+        network = self._network(backbone, self._groups(found.prototypes))
+        self.history = train_network(
+            network,
+            backbone,
+            split,
+            found,
+            head=self._head("global" if self._has_global_head else "expert"),
+            checkpoint=checkpoint,
+            resume=resume,
+            recipe=self._recipe(source, backbone.fingerprint),
+            progress=progress,
+            **{name: getattr(self, name) for name in _TRAINING},
+        )
+        self._take(backbone, network, split, extraction)
+        return self
+
+    def _labels(self, source: ImageSource) -> Tensor:
+        labels = self._training_labels(source)
+        images = torch.bincount(labels, minlength=len(self.class_names))
+        if not images.all():
+            empty = [self.class_names[i] for i in (images == 0).nonzero()[:, 0].tolist()]
+            raise DataError(f"Classes {empty[:5]} have no images: add some, or leave these class names out.")
+        return labels
+
+    def _groups(self, prototypes: Tensor) -> Tensor:
+        if not self._has_heads:
+            return torch.zeros(len(self.class_names)).long()
+        return assign_groups(self.class_names, prototypes, self.experts, **self._grouping())
+
+    def _grouping(self) -> dict[str, Any]:
+        return {"grouping": self.grouping, "groups": self.groups}
+
+    def _network(self, backbone: Backbone, group: Tensor) -> MoFENetwork:
+        return MoFENetwork.from_backbone(
+            backbone,
+            group,
+            experts=int(group.max()) + 1 if self.moe else 1,
+            group_heads=self._has_heads,
+            global_head=self._has_global_head,
+            seed=self.seed,
+            **{name: getattr(self, name) for name in _NETWORK},
+        )
+
+    def _take(self, backbone: Backbone, network: MoFENetwork, split: Split, extraction: dict[str, Any]) -> None:
+        """Keep what was learned and the training images' features, sorted by expert."""
+        self.state = {f"model.{name}": value.detach().cpu().clone() for name, value in network.state_dict().items()}
+        if "text" in backbone.capabilities:
+            width = torch.eye(network.experts.width, device=backbone.device, dtype=backbone.dtype)
+            self.state["projection"] = backbone._project(width).float().cpu()  # type: ignore[attr-defined]
+        self._backbone_record = {}
+        self._use(backbone)
+        features = extract(self._required_backbone(), split.part(split.rows), _FEATURES, **extraction)
+        expert = self._expert(features)
+        order = expert.argsort(stable=True)
+        bank = F.normalize(features.extra["token"], dim=1)[order]
+        self.state |= {"bank": bank, "bank_expert": expert[order], "bank_row": split.rows[order]}
+        if self.texts:
+            self.state |= self._read_texts(backbone)
+        self._forget_calibration()
+        self._mention_small_banks()
+
+    def _read_texts(self, backbone: Backbone) -> dict[str, Tensor]:
+        if "text" not in backbone.capabilities:
+            raise UsageError("texts= is for CLIP backbones, whose images and texts share a space.")
+        return read_texts(str(self.texts), len(self.class_names), backbone.width)
+
+    def _mention_small_banks(self) -> None:
+        for bank, size in self._bank_sizes().items() if self.scorer == "knn" else ():
+            if size < self.k:
+                then = f"k={size} is used" if size else "images routed there get the lowest score, -2"
+                log.warning("mofe: the bank of %s holds %d images, fewer than k=%d: %s.", bank, size, self.k, then)
+
+    def _bank_sizes(self) -> dict[str, int]:
+        """Images by the name of the bank."""
+        sizes = torch.bincount(self.state["bank_expert"], minlength=self._experts).tolist()
+        if self.bank == "global" or len(sizes) == 1:
+            return {"all experts": sum(sizes)}
+        return {f"expert {e} ({', '.join(self._classes_of(e)[:3])}, ...)": size for e, size in enumerate(sizes)}
+
+    def _classes_of(self, expert: int) -> list[str]:
+        return [name for name, group in zip(self.class_names, self.group.tolist(), strict=True) if group == expert]
+
+    @property
+    def _experts(self) -> int:
+        return self.state["model.router"].shape[1]
+
+    def set_params(self, **params: Any) -> Self:
+        """Change options; the calibration is dropped, and the fit if it depended on them.
+
+        Raises:
+            UsageError: an unknown option.
+        """
+        base = self._backbone_record.get("base")
+        super().set_params(**params)
+        if self.fitted:
+            if "texts" in params:
+                self.state = {name: value for name, value in self.state.items() if name not in ("yes", "no")}
+            if params.get("texts"):
+                self.state |= self._read_texts(self._required_backbone())
+            self._mention_small_banks()
+        elif self._backbone is not None:
+            self._backbone_record = {}
+            self._use(_plain(self._backbone))
+        elif base:
+            self._backbone_record = {"spec": self._backbone_record["spec"], "fingerprint": base}
+        return self
+
+    # ---- backbone
+
+    def _attach(self, backbone: Backbone) -> None:
+        require_class_token(backbone)
+
+    def _set_backbone(self, backbone: Backbone | str) -> None:
+        """Take a backbone, and put the experts behind its trunk if there are some."""
+        self._use(_plain(create_backbone(backbone) if isinstance(backbone, str) else backbone))
+
+    def _use(self, base: Backbone) -> None:
+        expected = self._backbone_record.get("base", base.fingerprint)
+        if expected != base.fingerprint:
+            raise UsageError(
+                f"Detector {self.name!r} was made with backbone {self._backbone_record['spec']!r} ({expected[:12]}), "
+                f"not with {base.spec!r} ({base.fingerprint[:12]}). Fit it again."
+            )
+        super()._set_backbone(self._with_experts(base) if self.state else base)
+        if self.state:
+            self._backbone_record["base"] = base.fingerprint
+
+    def _with_experts(self, base: Backbone) -> Backbone:
+        """The backbone with "router" and "token", computed in one pass behind its trunk."""
+        network = self._network(base, self.group)
+        learned = {
+            name.removeprefix("model."): value for name, value in self.state.items() if name.startswith("model.")
+        }
+        network.load_state_dict(learned)
+        network.requires_grad_(False)
+        options = {name: getattr(network, name) for name in _NETWORK}
+        read = {name: value for name, value in learned.items() if not name.startswith("readout.")}
+        key = hash_tensors(sorted(read.items()), json.dumps(options))
+        return base.with_features(
+            _FEATURES, lambda x: network.features(base.prefix(x.to(base.dtype))), f"experts {key}"
+        )
+
+    # ---- scores
+
+    def _expert(self, features: FeatureSet) -> Tensor:
+        """Number of each image's expert, int64 [N]."""
+        logits = features.extra["router"]
+        if not (logits.isfinite().all() and features.extra["token"].isfinite().all()):
+            raise DataError(
+                "Router logits or class tokens hold NaN or infinite values: the training has diverged, fit again with "
+                "a lower learning_rate and head_learning_rate."
+            )
+        return logits.argmax(1)
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        expert, token = self._expert(features), features.extra["token"]
+        if self.scorer == "knn":
+            return self._knn(F.normalize(token, dim=1), expert)
+        if self.scorer in _LOGIT_SCORES:
+            return _LOGIT_SCORES[self.scorer](
+                self._class_logits(token, expert, "global" if self._has_global_head else None)
+            )
+        if self.scorer in _TEXT_SCORES and "yes" in self.state:
+            projected, yes, no = (self.state[name].to(token) for name in ("projection", "yes", "no"))
+            return {"atd": atd, "ctw": ctw}[self.scorer](F.normalize(token @ projected, dim=1), yes, no)
+        heads = self._readout(token).heads
+        assert heads is not None
+        if self.scorer == "mos" or not self.moe:
+            return mos(heads.by_group(token))
+        return 1 - heads.others(token, expert)
+
+    def _knn(self, queries: Tensor, expert: Tensor) -> Tensor:
+        """Each image against the bank of its expert, or against all."""
+        bank, owner = self.state["bank"].to(queries), self.state["bank_expert"].to(queries.device)
+        if self.bank == "global":
+            return functional.knn(queries, bank, k=min(self.k, len(bank)))
+        scores = queries.new_full((len(queries),), -2.0)  # as far as can be, where the expert has no bank
+        for one in expert.unique().tolist():
+            mine, entries = expert == one, bank[owner == one]
+            if len(entries):
+                scores[mine] = functional.knn(queries[mine], entries, k=min(self.k, len(entries)))
+        return scores
+
+    def _predict(self, features: FeatureSet) -> Tensor:
+        return self._class_logits(features.extra["token"], self._expert(features), self.head).argmax(1)
+
+    def _class_logits(self, token: Tensor, expert: Tensor, head: str | None) -> Tensor:
+        return self._readout(token).class_logits(token, expert, self._head(head))
+
+    def _readout(self, like: Tensor) -> Readout:
+        prefix = "model.readout."
+        state = {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
+        return Readout.from_state(state).to(like)
+
+
+def read_texts(file: str | Path, classes: int, width: int) -> dict[str, Tensor]:
+    """CLIPN's text features of the classes, unit norm: "yes" and "no" of an .npz file, without running code in it.
+
+    Args:
+        file: the file.
+        classes: C rows expected.
+        width: d columns expected.
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: a file of another kind, or of other sizes.
+    """
+    if not Path(file).is_file():
+        raise MissingDataError(f"There is no file {str(file)!r} with text features {{yes, no}}; check the path.")
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            found = {name: torch.from_numpy(saved[name]).float() for name in ("yes", "no")}
+    except Exception as error:
+        raise DataError(f"{str(file)!r} holds no arrays 'yes' and 'no' ({type(error).__name__}: {error}).") from error
+    for name, value in found.items():
+        if list(value.shape) != [classes, width] or not value.isfinite().all():
+            raise DataError(f"{name!r} of {str(file)!r} is {list(value.shape)}, not finite [{classes}, {width}].")
+    return {name: F.normalize(value, dim=1) for name, value in found.items()}
+
+
+def _factor(name: str, value: float) -> float:
+    return 0.0 if value == 0 else _check.positive(name, value)
+
+
+def _plain(backbone: Backbone) -> Backbone:
+    """The backbone without the features of an earlier fit."""
+    twin = copy.copy(backbone)
+    twin._extra = {name: made for name, made in backbone._extra.items() if name not in _FEATURES}
+    return twin

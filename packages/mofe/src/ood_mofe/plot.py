@@ -1,0 +1,70 @@
+"""The picture of a partition: the classes in two dimensions, coloured by group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from ood_core._panels import COLORS
+from ood_core._plots import new_figure, save_figure
+from torch import Tensor
+
+__all__ = ["draw", "principal_plane"]
+
+_MARKERS = "os^Dv*"
+_MOST_NAMED = 60
+
+
+def principal_plane(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Points in their two directions of largest variance (PCA).
+
+    Args:
+        x: [N, D], D at least 2.
+
+    Returns:
+        float64 [N, 2], and the shares [2] of the variance that the two hold. A direction's sign is that of its largest
+        entry, so that the picture does not depend on the machine.
+
+    Example:
+        >>> points, shares = principal_plane(torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]]))
+        >>> points[:, 0].tolist(), shares.tolist()
+        ([-2.0, 0.0, 2.0], [1.0, 0.0])
+    """
+    centred = x.double() - x.double().mean(0)
+    _, values, directions = torch.linalg.svd(centred, full_matrices=True)
+    two = directions[:2]
+    two = two * two.gather(1, two.abs().argmax(1, keepdim=True)).sign()
+    variance = torch.nn.functional.pad(values.square(), (0, 2))[:2]
+    return centred @ two.T, variance / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def draw(prototypes: Tensor, group: Tensor, class_names: Sequence[str], path: str | Path) -> None:
+    """Draw every class at its prototype's place; up to 60 classes are named.
+
+    Args:
+        prototypes: [C, D].
+        group: int64 [C].
+        class_names: C names.
+        path: file to write, .png, .pdf or .svg.
+
+    Raises:
+        UsageError: matplotlib is not installed, or another kind of file.
+    """
+    figure = new_figure(path, "ood-mofe", figsize=(9.0, 6.4))
+    axis = figure.subplots()
+    points, shares = principal_plane(prototypes)
+    for number in range(int(group.max()) + 1):
+        x, y = points[group == number].T.tolist()
+        style = {"color": COLORS[number % len(COLORS)], "marker": _MARKERS[number // len(COLORS) % len(_MARKERS)]}
+        axis.scatter(x, y, s=22, label=f"group {number}: {len(x)} classes", **style)
+    if len(class_names) <= _MOST_NAMED:
+        for name, place in zip(class_names, points.tolist(), strict=True):
+            axis.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=7, parse_math=False)
+    axis.set_xlabel(f"first principal component ({100 * float(shares[0]):.0f} % of the variance)")
+    axis.set_ylabel(f"second ({100 * float(shares[1]):.0f} %)")
+    axis.set_title("class prototypes as the router sees them", fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(0.12)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,243 @@
+"""Train MoFE and other methods on a benchmark and judge them; figures per run, finished ones kept.
+
+All is kept in OUT/PROTOCOL/BACKBONE/SETTING: seed-0.json, ... or, where nothing is drawn, all.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ood_core.backbones.base import Backbone
+from ood_core.detectors import create_detector
+from ood_core.detectors.base import Detector
+from ood_core.detectors.linear_probe import LinearProbe
+from ood_core.errors import MissingDataError
+from ood_core.evaluation import evaluate, fit_detectors
+from ood_core.protocols import Protocol
+from ood_core.runs import Run, kept_runs, spread
+
+from ood_mofe.detectors import MoFE
+from ood_mofe.partition import initial_groups
+
+__all__ = ["KS", "Bench", "Setting", "check_groups", "summarise", "variants"]
+
+KS = (10, 50, 100, 200, 500, 1000)
+"""Neighbours that every trained MoFE is judged with, as the scores "k=10", ..., as far as its banks reach."""
+
+
+def variants(detector: MoFE) -> dict[str, MoFE]:
+    """One training read in every way that it allows, which needs no other fit.
+
+    Args:
+        detector: fitted.
+
+    Returns:
+        Copies without calibration, but for itself where nothing differs: "knn" (bank of the expert) and, where there
+        are several experts, "knn_global"; "msp", "max_logit" and "energy"; "others" with experts; "mos" with heads of
+        groups; "atd" and "ctw" with texts.
+
+    Example:
+        >>> evaluate(variants(detector), id="test/", ood={"textures": "dtd/"})  # doctest: +SKIP
+    """
+    several, heads = detector.moe and len(set(detector.group.tolist())) > 1, detector.moe or detector.group_heads
+    ways: dict[str, dict[str, Any]] = {"knn": {"scorer": "knn", "bank": "expert"}}
+    if several:
+        ways["knn_global"] = {"scorer": "knn", "bank": "global"}
+    names = ["msp", "max_logit", "energy", *["others"] * detector.moe, *["mos"] * heads]
+    names += ["atd", "ctw"] if detector.texts else []
+    ways |= {name: {"scorer": name} for name in names}
+    return {name: _changed(detector, **options) for name, options in ways.items()}
+
+
+def _changed(detector: Any, **options: Any) -> Any:
+    same = all(getattr(detector, name) == value for name, value in options.items())
+    return detector if same else copy.copy(detector).set_params(**options)
+
+
+def check_groups(detector: MoFE) -> None:
+    """Refuse what no features will mend, as `partition.initial_groups` does, before any image is read."""
+    if detector.moe or detector.group_heads:
+        initial_groups(detector.class_names, detector.experts, grouping=detector.grouping, groups=detector.groups)
+
+
+class Setting(NamedTuple):
+    """A row of a table: what is trained, with options that differ from the benchmark's, and the score that counts."""
+
+    detector: str
+    score: str
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A backbone on a benchmark.
+
+    Attributes:
+        protocol: the images.
+        backbone: frozen.
+        out: folder of all figures.
+        params: options of every MoFE, behind those of a setting and before the benchmark's.
+        seeds: of what is trained.
+        extraction: for `extract`.
+        convention: of the FPR.
+        keep: save every trained detector, too.
+        say: tells a person what is being done.
+    """
+
+    protocol: Protocol
+    backbone: Backbone
+    out: Path
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1, 2)
+    extraction: Mapping[str, Any] = field(default_factory=dict)
+    convention: str = "standard"
+    keep: bool = False
+    say: Callable[[str], None] = lambda text: None
+
+    def runs(self, setting: Setting) -> list[Run]:
+        """A mapping per seed and score of the setting's training, all scores included.
+
+        Each has "seed" (None where nothing is drawn), "score", "accuracy" (None where it is not known), "average" and
+        "per_set" with "fpr95" and "auroc" as fractions, and "last_epoch" of the training.
+
+        Raises:
+            UsageError: an option that is not there or cannot work, or figures of other settings in the folder.
+            MissingDataError: no training images.
+        """
+        if setting.detector != "mofe":
+            return self._run(setting, None)
+        return [run for seed in self.seeds for run in self._run(setting, seed)]
+
+    def check(self, setting: Setting) -> None:
+        """Find mistakes before hours are spent: as `runs` raises."""
+        detector = self._made(setting, None)
+        if isinstance(detector, MoFE):
+            check_groups(detector)
+        if self.protocol.train is None:
+            (error,) = (row.error for row in self.protocol.found if row.name == "train")
+            raise MissingDataError(f"{self.protocol.name} has no training images: --set train=DIR. {error}")
+
+    def _run(self, setting: Setting, seed: int | None) -> list[Run]:
+        file = self._folder(setting) / ("all.json" if seed is None else f"seed-{seed}.json")
+        detector = self._made(setting, seed)
+        options = detector.get_params()
+        recipe = {**self._given, "detector": detector.name, "options": options, "files": _digests(options)}
+        return kept_runs(file, recipe, partial(self._judge, detector, seed, file))
+
+    # ---- what is made
+
+    @cached_property
+    def _preset(self) -> dict[str, Any]:
+        """The paper's where it says so: groups from WordNet and features; fewer experts for a hundred classes."""
+        grouping = {"grouping": "both"} if self.protocol.wnids and "groups" not in self.params else {}
+        return grouping | ({"experts": 3} if self.protocol.name == "imagenet-100" else {})
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        """Options of MoFE where a setting says nothing."""
+        return self._preset | dict(self.params)
+
+    def _made(self, setting: Setting, seed: int | None) -> Any:
+        """A detector before its fit; MoFE knows classes by their WordNet ids, whose groups are those of WordNet."""
+        mofe = setting.detector == "mofe"
+        options = {**self._common, **setting.options} if mofe else setting.options
+        if mofe and seed is not None:
+            options = {**options, "seed": seed}
+        names = (self.protocol.by_wnid() if mofe else self.protocol).class_names
+        return create_detector(setting.detector, backbone=self.backbone, class_names=names, **options)
+
+    def _folder(self, setting: Setting) -> Path:
+        """Named after what differs, so that tables share trainings."""
+        usual = {**MoFE().get_params(), **self._common} if setting.detector == "mofe" else {}
+        other = [f"{name}={value}" for name, value in setting.options.items() if usual.get(name) != value]
+        backbone = re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.backbone.spec)
+        return self.out / self.protocol.name / backbone / ",".join([setting.detector, *other])
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """What figures rest on besides the detector."""
+        sets = {"train": self.protocol.train, "test": self.protocol.test, **self.protocol.ood}
+        return {
+            "backbone": self.backbone.fingerprint,
+            "dtype": str(self.backbone.dtype),
+            "images": {name: source.fingerprint for name, source in sets.items() if source is not None},
+            "class_names": self.protocol.class_names,
+            "convention": self.convention,
+        }
+
+    # ---- figures
+
+    def _judge(self, detector: Any, seed: int | None, file: Path) -> list[Run]:
+        self.say(f"{self.protocol.name}, {file.parent.name}, {file.stem}: {file}")
+        sets, extraction = self.protocol, dict(self.extraction)
+        if isinstance(detector, MoFE):
+            sets = sets.by_wnid()
+            self._train(detector, sets.train, file)
+            extraction["cache"] = None  # nothing else has the features of these experts
+        else:
+            fit_detectors({detector.name: detector}, sets.train, **extraction)
+        options = {"convention": self.convention, **extraction}
+        found = evaluate(_scores(detector), id=sets.test, ood=sets.ood, **options).results["detectors"]
+        return [
+            {"seed": seed, "score": score, "accuracy": figures.get("accuracy")}
+            | {part: figures[part] for part in ("average", "per_set")}
+            | {"last_epoch": detector.history[-1] if isinstance(detector, MoFE) else {}}
+            for score, figures in found.items()
+        ]
+
+    def _train(self, detector: MoFE, images: Any, file: Path) -> None:
+        """Go on from a checkpoint beside the figures, which is removed at the end."""
+        checkpoint = file.with_suffix(".safetensors")
+        detector.fit(images, checkpoint=checkpoint, cache=self.extraction.get("cache"))
+        if self.keep:
+            detector.save_pretrained(file.with_suffix(""))
+        checkpoint.unlink(missing_ok=True)
+
+
+def _digests(options: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files that options name: they may be written anew."""
+    files = {name: options[name] for name in ("groups", "texts") if isinstance(options.get(name), str)}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def _scores(detector: Detector) -> dict[str, Detector]:
+    """All scores of one fit."""
+    if isinstance(detector, MoFE):
+        largest = int(detector.state["bank_expert"].bincount().max())
+        ks = [k for below, k in zip((0, *KS), KS, strict=False) if below < largest]
+        return {**variants(detector), **{f"k={k}": _changed(detector, scorer="knn", k=k) for k in ks}}
+    if isinstance(detector, LinearProbe):
+        return {scorer: _changed(detector, scorer=scorer) for scorer in ("msp", "max_logit", "energy")}
+    return {detector.name: detector}
+
+
+def summarise(runs: Sequence[Run], score: str) -> dict[str, Any]:
+    """The figures of one score over runs.
+
+    Args:
+        runs: of `Bench.runs`.
+        score: one of theirs.
+
+    Returns:
+        "sets" (by name) and "average" with "fpr95" and "auroc", and "accuracy", each as `spread` gives it; "last_epoch"
+        of each run.
+    """
+    chosen = [run for run in runs if run["score"] == score]
+    return {
+        "sets": {name: _spreads([run["per_set"][name] for run in chosen]) for name in chosen[0]["per_set"]},
+        "average": _spreads([run["average"] for run in chosen]),
+        "accuracy": spread([run["accuracy"] for run in chosen]),
+        "last_epoch": [run["last_epoch"] for run in chosen],
+    }
+
+
+def _spreads(figures: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {measure: spread([figure[measure] for figure in figures]) for measure in ("fpr95", "auroc")}

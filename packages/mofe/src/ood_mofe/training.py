@@ -1,0 +1,622 @@
+"""How MoFE is trained: the losses of a batch, what is drawn for it, and what must be known before it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ood_core.backbones.base import Backbone
+from ood_core.data import load_batches
+from ood_core.data.augment import LiveViews
+from ood_core.data.sources import ImageSource
+from ood_core.features import stream
+from ood_core.training import train
+from torch import Tensor, nn
+
+from ood_mofe.functional import (
+    beta_concentration,
+    draw_partners,
+    expert_loss,
+    fold_lambda,
+    mixup,
+    routing_loss,
+)
+from ood_mofe.model import MoFENetwork
+
+__all__ = [
+    "Crops",
+    "Objective",
+    "Split",
+    "Survey",
+    "Validation",
+    "class_accuracy",
+    "draw_lambda",
+    "draw_negatives",
+    "parameter_groups",
+    "schedule",
+    "split_validation",
+    "survey",
+    "train_network",
+]
+
+_MOST_HELD = 50  # validation images per class
+_WARM_UP = 0.05  # of all steps
+_CHUNK = 64  # images per pass that needs no gradient
+
+Images = Callable[[Tensor, int], Tensor]
+"""(rows int64 [b], epoch) -> pixels [b, 3, H, W] or tokens [b, T, D]."""
+
+
+def split_validation(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to validate with: of each class a share, at least one image and at most 50.
+
+    A class of one image keeps it for training. The draw depends on the labels only.
+
+    Args:
+        labels: int64 [N].
+        share: in [0, 1); 0 holds nothing out.
+
+    Returns:
+        Two rising lists of row numbers.
+
+    Raises:
+        ValueError: a share out of range.
+
+    Example:
+        >>> train, held = split_validation(torch.tensor([0, 0, 0, 1]), 0.1)
+        >>> len(train), len(held), 3 in train
+        (3, 1, True)
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ValueError(f"validation={share!r} must be a share in [0, 1).")
+    generator = torch.Generator().manual_seed(0)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist() if share else ():
+        rows = (labels == label).nonzero()[:, 0]
+        count = min(max(1, round(share * len(rows))), _MOST_HELD, len(rows) - 1)
+        held[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images, some of them held out.
+
+    Attributes:
+        source: the images.
+        labels: int64 [N].
+        rows: images to train on.
+        held: images to validate with.
+    """
+
+    source: ImageSource
+    labels: Tensor
+    rows: Tensor
+    held: Tensor
+
+    @classmethod
+    def of(cls, source: ImageSource, labels: Tensor, share: float) -> Split:
+        """Hold out a share of each class, see `split_validation`."""
+        return cls(source, labels, *split_validation(labels, share))
+
+    def part(self, rows: Tensor) -> ImageSource:
+        """Some of the images."""
+        return self.source.subset(rows.numpy())
+
+
+def class_accuracy(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Share of each class's images that are predicted right, float64 [C]; 0 for a class without images."""
+    images = torch.bincount(labels, minlength=classes)
+    return torch.bincount(labels[predicted == labels], minlength=classes).double() / images.clamp(min=1)
+
+
+# ---- before the training
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the frozen backbone says about the images.
+
+    Attributes:
+        prototypes: mean router input of each class, float64 [C, D].
+        accuracy: of the nearest class mean (cosine) on the validation images, float64 [C].
+        mean_square: of the class token's values behind the last block, before the final norm.
+    """
+
+    prototypes: Tensor
+    accuracy: Tensor
+    mean_square: float
+
+
+@torch.no_grad()
+def survey(
+    backbone: Backbone,
+    split: Split,
+    *,
+    classes: int,
+    router_norm: str = "layer_norm",
+    cache: str | Path | None = None,
+    progress: bool | None = None,
+) -> Survey:
+    """Look at every centre crop once with the backbone as it is.
+
+    Args:
+        backbone: one that reads its class token.
+        split: images to train on give the means.
+        classes: C.
+        router_norm: see `MoFENetwork`.
+        cache: folder for the class tokens.
+        progress: a bar on stderr; None shows it on a terminal only.
+    """
+    network = MoFENetwork.from_backbone(backbone, torch.zeros(1).long(), experts=1, router_norm=router_norm)
+    seen = _with_class_tokens(backbone, network)
+    means, count, squares = torch.zeros(2, classes, network.experts.width, dtype=torch.float64), 0, 0.0
+    for part, own in _parts(seen, split, split.rows, cache, progress):
+        means[0].index_add_(0, own, part["router_input"].double())
+        means[1].index_add_(0, own, network.norm(part["behind"].to(backbone.device)).cpu().double())
+        squares += part["behind"].double().square().mean(1).sum().item()
+        count += len(own)
+    predicted = [split.labels[:0]]
+    for part, _ in _parts(seen, split, split.held, cache, progress):
+        token = network.norm(part["behind"].to(backbone.device)).cpu().double()
+        predicted.append((F.normalize(token, dim=1) @ F.normalize(means[1], dim=1).T).argmax(1))
+    images = torch.bincount(split.labels[split.rows], minlength=classes)
+    accuracy = class_accuracy(torch.cat(predicted), split.labels[split.held], classes)
+    return Survey(means[0] / images[:, None], accuracy, squares / count)
+
+
+def _with_class_tokens(backbone: Backbone, network: MoFENetwork) -> Backbone:
+    """The backbone with the class token before its last block, as a router reads it, and behind that block."""
+
+    def compute(x: Tensor) -> dict[str, Tensor]:
+        tokens = backbone.prefix(x.to(backbone.dtype))
+        logits = network.router_logits(tokens)
+        behind = network.class_token(tokens, logits.argmax(1), logits)
+        return {"router_input": network.router_input(tokens), "behind": behind}
+
+    key = f"class token before (router_norm={network.router_norm}) and behind the last block"
+    return backbone.with_features(["router_input", "behind"], compute, key)
+
+
+def _parts(
+    backbone: Backbone, split: Split, rows: Tensor, cache: str | Path | None, progress: bool | None
+) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    """Features of some rows, and their labels."""
+    start = 0
+    needs = {"router_input", "behind"}
+    for part in stream(backbone, split.part(rows), needs, cache=cache, progress=progress):
+        yield part.extra, split.labels[rows[start : start + len(part)]]
+        start += len(part)
+
+
+# ---- images
+
+
+class Crops:
+    """Centre crops by row, as pixels or as tokens before the last block; kept in memory if they fit.
+
+    Args:
+        source: the images.
+        backbone: whose transform and trunk are used.
+        tokens: give tokens, not pixels.
+        limit: bytes that may be kept.
+
+    Attributes:
+        bytes: what is kept; 0 if all would be more than `limit`.
+    """
+
+    def __init__(self, source: ImageSource, backbone: Backbone, *, tokens: bool, limit: float) -> None:
+        self.source, self.backbone, self.tokens = source, backbone, tokens
+        one = self._read(torch.zeros(1).long())
+        size = len(source) * one.numel() * one.element_size()
+        self.bytes = size if size <= limit else 0
+        self._kept: Tensor | None = None
+
+    def __call__(self, rows: Tensor, epoch: int = 0) -> Tensor:
+        """Pixels [b, 3, H, W], or tokens [b, T, D] on the backbone's device."""
+        if self.bytes and self._kept is None:
+            self._kept = torch.cat([self._read(chunk).cpu() for chunk in torch.arange(len(self.source)).split(_CHUNK)])
+        found = self._read(rows) if self._kept is None else self._kept[rows]
+        return found.to(self.backbone.device) if self.tokens else found
+
+    def _read(self, rows: Tensor) -> Tensor:
+        (batch,) = load_batches(self.source, self.backbone.transform, [rows.tolist()], progress=False)
+        return _prefix(self.backbone, batch.pixels) if self.tokens else batch.pixels
+
+
+@torch.no_grad()
+def _prefix(backbone: Backbone, pixels: Tensor) -> Tensor:
+    return backbone.prefix(backbone._pixels(pixels))
+
+
+# ---- draws
+
+
+def draw_negatives(expert: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """For every expert as many images of other experts as it has of its own.
+
+    Args:
+        expert: int64 [B], the expert of each image.
+        generator: source of the draws; None is torch's own.
+
+    Returns:
+        (image, expert), int64 [R] each: drawn without replacement where there are enough images; none for an expert
+        that owns the whole batch.
+
+    Source: the ratio is the paper's, the scheme ours.
+
+    Example:
+        >>> draw_negatives(torch.tensor([0, 0, 1, 1]), torch.Generator().manual_seed(0))[1]
+        tensor([0, 0, 1, 1])
+    """
+    images, experts = [expert[:0]], [expert[:0]]
+    for one in expert.unique().tolist():
+        count, others = int((expert == one).sum()), (expert != one).nonzero()[:, 0]
+        if not len(others):
+            continue
+        if len(others) < count:
+            chosen = torch.randint(len(others), (count,), generator=generator)
+        else:
+            chosen = torch.randperm(len(others), generator=generator)[:count]
+        images.append(others[chosen])
+        experts.append(torch.full_like(chosen, one))
+    return torch.cat(images), torch.cat(experts)
+
+
+def draw_lambda(concentration: Tensor, generator: np.random.Generator) -> Tensor:
+    """lambda ~ Beta(sigma, sigma) for each sigma [B], float32 in [0, 1].
+
+    Source: Eq. 11.
+    """
+    sigma = concentration.double().numpy()
+    # NumPy's draws go by logarithms; a quotient of gamma draws would be 0 / 0 for a small sigma.
+    return torch.from_numpy(generator.beta(sigma, sigma)).float()
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What is random about a batch, as positions in it: negatives [R], share and partner of each image [B]."""
+
+    image: Tensor
+    expert: Tensor
+    lam: Tensor
+    partner: Tensor
+
+
+# ---- losses
+
+
+class Objective:
+    """The losses of a batch.
+
+    Args:
+        network: what is trained.
+        labels: int64 [N] of all training rows.
+        pixels: of these rows.
+        encode: pixels -> tokens before the last block, without gradient.
+        tokens: of unmixed images, where they are kept; None computes them from the pixels.
+        accuracy: epoch -> accuracy [C] of each class before it.
+        mixup: add the loss on mixed images, too.
+        dynamic: mix the less, the more accurate a class is, and let the larger share be the image's own; off, every
+            share is equally likely.
+        accuracy_weight: w of Eq. 11.
+        reg: "l2", "ls" (label smoothing) or "none", in the mixed loss.
+        reg_on: class token that "l2" keeps small, "pre_norm" or "post_norm".
+        reg_weight: factor of its mean square.
+        smoothing: of "ls".
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        network: MoFENetwork,
+        labels: Tensor,
+        pixels: Images,
+        encode: Callable[[Tensor], Tensor],
+        *,
+        tokens: Images | None = None,
+        accuracy: Callable[[int], Tensor],
+        mixup: bool = True,
+        dynamic: bool = True,
+        accuracy_weight: float = 0.8,
+        reg: str = "l2",
+        reg_on: str = "pre_norm",
+        reg_weight: float = 0.1,
+        smoothing: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        self.network, self.labels, self.pixels, self.encode, self.tokens = network, labels, pixels, encode, tokens
+        self.accuracy, self.mixup, self.dynamic, self.accuracy_weight = accuracy, mixup, dynamic, accuracy_weight
+        self.reg, self.reg_on, self.reg_weight, self.smoothing, self.seed = reg, reg_on, reg_weight, smoothing, seed
+        heads, head = network.readout.heads, network.readout.global_head
+        classes = 0 if head is None else len(head.weight)
+        self.group = torch.zeros(classes).long() if heads is None else heads.group.cpu()
+        self.shared = heads is None or len(network.experts) < len(heads)
+
+    def __call__(self, rows: Tensor, epoch: int, *, batch: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """Terms of some rows of a batch.
+
+        Args:
+            rows: int64 [b], those of this process.
+            epoch: from 0.
+            batch: int64 [B], those of all processes; what is drawn depends on seed, epoch and these only.
+        """
+        draws = self._draw(epoch, batch)
+        at = (batch == rows[:, None]).int().argmax(1)
+        pixels, mixed = self._pixels(rows, at, batch, epoch, draws)
+        clean = self.encode(pixels) if self.tokens is None else self.tokens(rows, epoch)
+        found = self._clean_losses(clean, self.labels[rows], at, draws)
+        if self.mixup:
+            found |= self._mixed_losses(*mixed, self._mixed_groups(batch, at, draws))
+        return found
+
+    # ---- what is drawn
+
+    def _draw(self, epoch: int, batch: Tensor) -> _Draws:
+        digest = hashlib.sha256(f"{self.seed} {epoch} {batch.tolist()}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        labels = self.labels[batch]
+        image, expert = draw_negatives(self.group[labels], generator)
+        if not self.mixup:
+            return _Draws(image, expert, torch.ones(len(batch)), torch.arange(len(batch)))
+        partner = draw_partners(labels, generator)
+        weight = self.accuracy_weight if self.dynamic else 0
+        sigma = beta_concentration(self.accuracy(epoch), w=weight)[labels]
+        lam = draw_lambda(sigma, np.random.default_rng(list(digest)))
+        lam = fold_lambda(lam) if self.dynamic else lam
+        return _Draws(image, expert, lam.masked_fill(labels[partner] == labels, 1.0), partner)
+
+    def _pixels(
+        self, rows: Tensor, at: Tensor, batch: Tensor, epoch: int, draws: _Draws
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Pixels of the rows, where they are needed, and their mixes with targets; partners may be other processes'."""
+        none = torch.empty(0)
+        if not self.mixup:
+            return (self.pixels(rows, epoch) if self.tokens is None else none), (none, none)
+        partner = draws.partner[at]
+        wanted = torch.cat([at, partner[~torch.isin(partner, at)].unique()])
+        pixels = self.pixels(batch[wanted], epoch)
+        one_hot = F.one_hot(self.labels[batch[wanted]], len(self.group))
+        lam = torch.ones(len(wanted))
+        lam[: len(at)] = draws.lam[at]
+        index = torch.arange(len(wanted))
+        index[: len(at)] = (wanted == partner[:, None]).int().argmax(1)
+        mixed, target = mixup(pixels, one_hot, lam, index)
+        return pixels[: len(at)], (mixed[: len(at)], target[: len(at)])
+
+    def _mixed_groups(self, batch: Tensor, at: Tensor, draws: _Draws) -> Tensor:
+        """The expert of a mixed image is that of its larger share."""
+        larger = torch.where(draws.lam < 0.5, draws.partner, torch.arange(len(batch)))
+        return self.group[self.labels[batch[larger[at]]]]
+
+    # ---- terms
+
+    def _clean_losses(
+        self, tokens: Tensor, labels: Tensor, at: Tensor, draws: _Draws
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        network, heads = self.network, self.network.readout.heads
+        labels, group = labels.to(tokens.device), self.group[labels].to(tokens.device)
+        logits = network.router_logits(tokens)
+        if self.shared:
+            token = network.norm(network.class_token(tokens, torch.zeros_like(group), logits))
+            if heads is None:
+                return {"classes": F.cross_entropy(self._global(token), labels)}
+            every = [torch.full_like(labels, g) for g in range(len(heads))]
+            parts = [_unless_nan(expert_loss, heads(token, g), heads.target(labels, g)) for g in every]
+            return {"groups": torch.stack(parts).sum()}
+        assert heads is not None
+        # Positives, each through its own expert, and the negatives that fall on these rows.
+        ours = (draws.image[:, None] == at).nonzero().to(group.device)
+        image = torch.cat([torch.arange(len(at), device=group.device), ours[:, 1]])
+        expert = torch.cat([group, draws.expert.to(group.device)[ours[:, 0]]])
+        token = network.norm(network.class_token(tokens[image], expert, logits[image]))
+        rows = torch.tensor(float(len(image)))
+        loss = _unless_nan(expert_loss, heads(token, expert), heads.target(labels[image], expert))
+        return {"experts": (loss * rows, rows), "routing": _unless_nan(routing_loss, logits, group)}
+
+    def _mixed_losses(self, mixed: Tensor, target: Tensor, group: Tensor) -> dict[str, Tensor]:
+        tokens = self.encode(mixed)
+        expert = torch.zeros_like(group) if self.shared else group
+        behind = self.network.class_token(tokens, expert.to(tokens.device), self.network.router_logits(tokens))
+        token = self.network.norm(behind)
+        smoothing = self.smoothing if self.reg == "ls" else 0.0
+        target = target.to(token)
+        found = {"mixup": F.cross_entropy(self._global(token), target, label_smoothing=smoothing)}
+        if self.reg == "l2":
+            found["reg"] = self.reg_weight * (behind if self.reg_on == "pre_norm" else token).square().mean()
+        return found
+
+    def _global(self, token: Tensor) -> Tensor:
+        return self.network.readout.class_logits(token, token.new_zeros(len(token)).long(), "global")
+
+
+def _unless_nan(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    """A loss of NaN where the logits hold some: the training loop says what can be done."""
+    return logits.sum() * math.nan if logits.isnan().any() else loss(logits, target)
+
+
+class Validation:
+    """The accuracy of every class, from the weights of the moment, so that a resumed training finds the same.
+
+    Args:
+        network: what is trained.
+        tokens: of the validation images.
+        labels: int64 [V].
+        head: that predicts, see `Readout.class_logits`.
+        first: accuracy [C] before the first epoch.
+    """
+
+    def __init__(self, network: MoFENetwork, tokens: Crops, labels: Tensor, head: str, first: Tensor) -> None:
+        self.network, self.tokens, self.labels, self.head = network, tokens, labels, head
+        self._known = {0: first}
+        self._norm = math.nan
+
+    def accuracy(self, epoch: int) -> Tensor:
+        """[C] before an epoch, the current one."""
+        if epoch not in self._known:
+            self._known[epoch] = self._measure()
+        return self._known[epoch]
+
+    def figures(self, epoch: int) -> dict[str, float]:
+        """After an epoch: mean accuracy of the classes, and mean norm of the class token before the final norm."""
+        accuracy = self.accuracy(epoch + 1)
+        return {"validation_accuracy": accuracy[self.labels.unique()].mean().item(), "token_norm": self._norm}
+
+    @torch.no_grad()
+    def _measure(self) -> Tensor:
+        network, predicted, norms = self.network, [], []
+        for rows in torch.arange(len(self.labels)).split(_CHUNK):
+            tokens = self.tokens(rows)
+            logits = network.router_logits(tokens)
+            expert = logits.argmax(1)
+            behind = network.class_token(tokens, expert, logits)
+            predicted.append(network.readout.class_logits(network.norm(behind), expert, self.head).argmax(1).cpu())
+            norms.append(behind.norm(dim=1).cpu())
+        self._norm = torch.cat(norms).mean().item()
+        return class_accuracy(torch.cat(predicted), self.labels, len(self._known[0]))
+
+
+# ---- the training itself
+
+
+def schedule(epoch: float, *, peak: float, epochs: int, steps: int) -> float:
+    """Linear warm-up over the first 5 % of all steps, then a cosine that ends at 0.
+
+    Args:
+        epoch: fraction of epochs done.
+        peak: highest rate.
+        epochs: in all.
+        steps: per epoch.
+    """
+    done, total = round(epoch * steps), epochs * steps
+    warm = math.ceil(_WARM_UP * total)
+    if done < warm:
+        return peak * (done + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (done - warm + 1) / (total - warm + 1)))
+
+
+def parameter_groups(network: MoFENetwork, *, weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser: experts and norm at the rate itself, router and heads at `lr_scale` times it.
+
+    Norms, biases and layer scales are not decayed.
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        plain = "norm" in name or "scale" in name or name.endswith("bias")
+        scale = 1.0 if name.startswith(("experts.", "norm.")) else lr_scale
+        found.setdefault((scale, 0.0 if plain else weight_decay), []).append(parameter)
+    return [{"params": some, "lr_scale": scale, "weight_decay": decay} for (scale, decay), some in found.items()]
+
+
+def _centre(backbone: Backbone, split: Split, limit: float) -> tuple[Images, Images | None]:
+    """Pixels of the centre crops to train on, and their tokens if they can be kept."""
+    images = split.part(split.rows)
+    tokens = Crops(images, backbone, tokens=True, limit=limit)
+    return Crops(images, backbone, tokens=False, limit=limit - tokens.bytes), tokens if tokens.bytes else None
+
+
+def _clip(parameters: Iterable[nn.Parameter], norm: float) -> None:
+    nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def train_network(
+    network: MoFENetwork,
+    backbone: Backbone,
+    split: Split,
+    found: Survey,
+    *,
+    head: str,
+    reg_weight: float,
+    reg_on: str,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    head_learning_rate: float,
+    weight_decay: float,
+    clip: float,
+    augment: bool,
+    crop_scale: float,
+    cache_limit: float,
+    seed: int,
+    checkpoint: str | Path | None,
+    resume: bool,
+    recipe: Mapping[str, Any],
+    progress: bool | None,
+    **losses: Any,
+) -> list[dict[str, float]]:
+    """Train a network on images; see the detector for the options.
+
+    Args:
+        network: changed in place, on the backbone's device.
+        backbone: its trunk stays frozen.
+        split: the images.
+        found: of these images.
+        head: that predicts, see `Readout.class_logits`.
+        reg_weight: for "pre_norm" in units of the class token's mean square at the start.
+        reg_on: see `Objective`.
+        epochs: passes over the images to train on.
+        batch_size: images per step, as many mixed ones beside them.
+        learning_rate: of experts and norm.
+        head_learning_rate: of router and heads.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        augment: random crop and flip, new in every epoch.
+        crop_scale: smallest share of the image's area in a crop.
+        cache_limit: bytes of images and tokens that may be kept in memory.
+        seed: of order, views and draws.
+        checkpoint: see `train`.
+        resume: see `train`.
+        recipe: see `train`.
+        progress: see `train`.
+        **losses: of `Objective`.
+
+    Returns:
+        The history of `train`, with "validation_accuracy" and "token_norm" where there are validation images.
+    """
+    validation, kept = None, 0
+    if len(split.held):
+        crops = Crops(split.part(split.held), backbone, tokens=True, limit=cache_limit)
+        validation, kept = Validation(network, crops, split.labels[split.held], head, found.accuracy), crops.bytes
+    views = LiveViews(split.part(split.rows), backbone.transform, scale=(crop_scale, 1.0), seed=seed)
+    pixels, tokens = (views, None) if augment else _centre(backbone, split, cache_limit - kept)
+    objective = Objective(
+        network,
+        split.labels[split.rows],
+        pixels,
+        partial(_prefix, backbone),
+        tokens=tokens,
+        accuracy=(lambda epoch: found.accuracy) if validation is None else validation.accuracy,
+        reg_on=reg_on,
+        reg_weight=reg_weight / found.mean_square if reg_on == "pre_norm" else reg_weight,
+        seed=seed,
+        **losses,
+    )
+    parameters = dict(network.named_parameters())
+    scale = head_learning_rate / learning_rate
+    optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay=weight_decay, lr_scale=scale))
+    optimizer.register_step_pre_hook(lambda *_: _clip(parameters.values(), clip))
+    return train(
+        parameters,
+        objective,
+        size=len(split.rows),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        learning_rate=partial(schedule, peak=learning_rate, epochs=epochs, steps=-(-len(split.rows) // batch_size)),
+        per_step=True,
+        whole_batch=True,
+        after_epoch=None if validation is None else validation.figures,
+        seed=seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        recipe=recipe,
+        progress=progress,
+    )

@@ -1,0 +1,378 @@
+"""Tables and studies on a miniature of the benchmark's folders; the backbone is a few kilobytes where speed matters."""
+
+import copy
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from ood_core import create_detector
+from ood_core.backbones.timm import TimmBackbone
+from ood_core.backbones.transform import ImageTransform
+from ood_core.errors import MissingDataError, UsageError
+from ood_core.metrics import auroc
+from ood_core.protocols import find_protocol
+from ood_mofe import reproduce as paper
+from ood_mofe.cli import main
+from ood_mofe.detectors import MoFE
+from ood_mofe.reproduce import STUDIES, TABLES
+from ood_mofe.runner import KS, Bench, Setting, summarise, variants
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+WNIDS = ["n01440764", "n01443537", "n01484850", "n01498041", "n01514668", "n02099601", "n02123597", "n03000684"]
+WNIDS += ["n03417042", "n04285008"]
+OOD = ["iNaturalist", "SUN", "Places", "Texture"]
+QUICK = {"epochs": 1, "batch_size": 16, "augment": False, "head_learning_rate": 0.1, "k": 3}
+
+
+def fill(folder, count, hue, seed):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = rng.normal(hue, 30, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    hues = np.random.default_rng(0).integers(0, 256, (len(WNIDS) + 4, 3))
+    for number, wnid in enumerate(WNIDS):
+        fill(folder / "imagenet/train" / wnid, 3, hues[number], number)
+        fill(folder / "imagenet/val" / wnid, 2, hues[number], 100 + number)
+    for number, name in enumerate(["iNaturalist/images", "SUN/images", "Places/images", "dtd/images/banded"]):
+        fill(folder / name, 3, hues[len(WNIDS) + number], 200 + number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, embed_dim=16, depth=2, num_heads=2, num_classes=0, init_values=1.0)
+    return TimmBackbone(model.eval(), ImageTransform(crop=(16, 16), resize=16), spec="small/vit")
+
+
+@pytest.fixture(scope="module")
+def protocol(root):
+    return find_protocol("imagenet-1k", root)
+
+
+@pytest.fixture
+def bench(protocol, backbone, tmp_path):
+    return Bench(protocol, backbone, tmp_path, params=QUICK | {"experts": 3}, seeds=[1])
+
+
+def trained(protocol, backbone, **options):
+    made = MoFE(class_names=protocol.wnids, **(QUICK | {"experts": 3} | options))
+    made._set_backbone(backbone)
+    return made.fit(protocol.by_wnid().train, progress=False)
+
+
+# ---- one training
+
+
+def test_runs_are_those_of_the_detector(bench, protocol, backbone):
+    runs = {run["score"]: run for run in bench.runs(Setting("mofe", "knn", {"mixup": False}))}
+    detector = trained(protocol, backbone, mixup=False, seed=1, grouping="both")
+    ladder = {f"k={k}": copy.copy(detector).set_params(k=k) for k in KS[:2]}
+    assert len(detector.state["bank"]) < 50
+    assert set(runs) == {"knn", "knn_global", "msp", "max_logit", "energy", "others", "mos"} | set(runs) & set(ladder)
+    assert "k=10" in runs
+    named = protocol.by_wnid()
+    for name, made in {**variants(detector), "k=10": ladder["k=10"]}.items():
+        known = made.score(named.test)
+        for ood, source in named.ood.items():
+            assert runs[name]["per_set"][ood]["auroc"] == pytest.approx(auroc(known, made.score(source)), abs=1e-6)
+    assert runs["knn"]["seed"] == 1
+    assert runs["knn"]["accuracy"] > 0
+    assert runs["knn"]["last_epoch"].keys() >= {"experts", "routing", "token_norm"}
+    (folder,) = (bench.out / "imagenet-1k").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["mofe,mixup=False"]
+    assert [path.name for path in (folder / "mofe,mixup=False").iterdir()] == ["seed-1.json"]
+
+
+def test_groups_come_from_wordnet_for_classes_with_ids(bench, protocol, backbone):
+    assert protocol.class_names[0] == "tench"
+    made = bench._made(Setting("mofe", "knn"), 0)
+    assert (made.class_names, made.grouping) == (WNIDS, "both")
+    given = dict.fromkeys(WNIDS[:5], "a") | dict.fromkeys(WNIDS[5:], "b")
+    own = Bench(protocol, backbone, bench.out, params={"groups": given, "experts": 2})
+    assert own._made(Setting("mofe", "knn"), 0).grouping == "auto"
+    own.check(Setting("mofe", "knn"))
+
+
+@pytest.mark.parametrize("name", ["mcm", "linear_probe", "knn"])
+def test_other_methods_run_once_on_the_frozen_backbone(bench, protocol, backbone, name):
+    if name == "mcm":
+        bench = Bench(protocol, create_detector("mcm", backbone="tiny", class_names=["a"]).backbone, bench.out)
+    runs = bench.runs(Setting(name, "knn"))
+    scores = {"linear_probe": ["msp", "max_logit", "energy"]}.get(name, [name])
+    assert [(run["score"], run["seed"]) for run in runs] == [(score, None) for score in scores]
+    if name != "knn":
+        assert all(run["accuracy"] is not None for run in runs)
+        return
+    from ood_core import extract
+
+    detector = create_detector("knn", backbone=backbone).fit(extract(backbone, protocol.train, {"image"}))
+    expected = auroc(detector.score(protocol.test), detector.score(protocol.ood["SUN"]))
+    assert runs[0]["per_set"]["SUN"]["auroc"] == pytest.approx(expected)
+    assert runs[0]["accuracy"] is None
+
+
+def test_finished_runs_are_read_back_and_shared_by_tables(bench, protocol, backbone, monkeypatch):
+    first = bench.runs(Setting("mofe", "knn", {"experts": 3}))  # experts=3 is what the bench has anyway
+    monkeypatch.setattr(Bench, "_judge", lambda *_: pytest.fail("it was computed again"))
+    assert bench.runs(Setting("mofe", "mos")) == first
+    other = Bench(protocol, backbone, bench.out, params=QUICK | {"experts": 3, "epochs": 2}, seeds=[1])
+    with pytest.raises(UsageError, match="other settings or images"):
+        other.runs(Setting("mofe", "knn"))
+    with pytest.raises(UsageError, match="other settings or images"):
+        Bench(protocol, backbone, bench.out, params=bench.params, seeds=[1], convention="openood").runs(
+            Setting("mofe", "knn")
+        )
+
+
+def test_an_interrupted_training_goes_on(bench, monkeypatch):
+    from ood_mofe import runner
+
+    judged = runner.evaluate
+    monkeypatch.setattr(runner, "evaluate", lambda *_, **__: 1 / 0)
+    kept = Bench(bench.protocol, bench.backbone, bench.out, params=bench.params, seeds=[1], keep=True)
+    with pytest.raises(ZeroDivisionError):
+        kept.runs(Setting("mofe", "knn"))
+    monkeypatch.setattr(runner, "evaluate", judged)
+    (folder,) = bench.out.glob("imagenet-1k/*/mofe")
+    assert folder.parent.name == "small-vit"
+    assert [path.name for path in folder.iterdir()] == ["seed-1"]
+    detector = MoFE.from_pretrained(folder / "seed-1", backbone=bench.backbone)
+    expected = auroc(detector.score(bench.protocol.test), detector.score(bench.protocol.ood["Places"]))
+    (knn,) = (run for run in bench.runs(Setting("mofe", "knn")) if run["score"] == "knn")
+    assert knn["per_set"]["Places"]["auroc"] == pytest.approx(expected)
+
+
+def test_groups_files_are_read_again(bench, protocol, backbone, tmp_path):
+    file = tmp_path / "groups.csv"
+    file.write_text("".join(f"{wnid},{number % 3}\n" for number, wnid in enumerate(WNIDS)))
+    params = QUICK | {"experts": 3, "groups": str(file)}
+    Bench(protocol, backbone, tmp_path, params=params, seeds=[0]).runs(Setting("mofe", "knn"))
+    file.write_text("".join(f"{wnid},{number % 2 + number // 9}\n" for number, wnid in enumerate(WNIDS)))
+    with pytest.raises(UsageError, match="other settings"):
+        Bench(protocol, backbone, tmp_path, params=params, seeds=[0]).runs(Setting("mofe", "knn"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "words"),
+    [
+        (Setting("mofe", "knn", {"experts": 11}), UsageError, "11 experts are more than the 10 classes"),
+        (Setting("mofe", "knn", {"expert": 3}), UsageError, "Did you mean 'experts'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(bench, setting, error, words):
+    with pytest.raises(error, match=words):
+        bench.check(setting)
+
+
+def test_no_training_images(root, backbone, tmp_path):
+    for name in ("imagenet/val", "iNaturalist", "SUN", "Places", "dtd"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(root / name)
+    bench = Bench(find_protocol("imagenet-1k", tmp_path), backbone, tmp_path / "out")
+    with pytest.raises(MissingDataError, match="no training images: --set train=DIR"):
+        bench.check(Setting("knn", "knn"))
+
+
+# ---- variants and summaries
+
+
+def test_variants_are_as_many_as_the_training_allows(protocol, backbone):
+    whole = trained(protocol, backbone)
+    found = variants(whole)
+    assert found["knn"] is whole
+    assert (found["knn_global"].bank, whole.bank, found["mos"].scorer) == ("global", "expert", "mos")
+    assert not {"atd", "ctw"} & set(found)
+    naive = trained(protocol, backbone, moe=False, mixup=False)
+    assert set(variants(naive)) == {"knn", "msp", "max_logit", "energy"}
+    groups = trained(protocol, backbone, moe=False, mixup=False, group_heads=True)
+    assert set(variants(groups)) == {"knn", "msp", "max_logit", "energy", "mos"}
+    alone = trained(protocol, backbone, experts=1)
+    assert set(variants(alone)) == {"knn", "msp", "max_logit", "energy", "others", "mos"}
+
+
+def test_summaries_are_over_seeds():
+    def run(seed, score, fpr95, accuracy):
+        figures = {"fpr95": fpr95, "auroc": 1 - fpr95}
+        one = {"seed": seed, "score": score, "accuracy": accuracy, "average": figures, "last_epoch": {"loss": seed}}
+        return one | {"per_set": {"SUN": {"fpr95": 2 * fpr95, "auroc": 0.5}}}
+
+    runs = [run(0, "knn", 0.1, 0.8), run(0, "mos", 0.4, 0.8), run(1, "knn", 0.2, 0.9)]
+    found = summarise(runs, "knn")
+    assert found["average"]["fpr95"]["mean"] == pytest.approx(0.15)
+    assert found["average"]["auroc"]["std"] == pytest.approx(statistics.stdev([0.9, 0.8]))
+    assert found["sets"]["SUN"]["fpr95"]["mean"] == pytest.approx(0.3)
+    assert found["accuracy"]["runs"] == 2
+    assert found["last_epoch"] == [{"loss": 0}, {"loss": 1}]
+    assert summarise(runs, "mos")["average"]["fpr95"]["std"] is None
+
+
+# ---- rows
+
+
+def options(settings):
+    return {name: MoFE(**setting.options) for name, setting in settings.items() if setting.detector == "mofe"}
+
+
+def test_rows_switch_what_they_say():
+    parts = {name: (made.moe, made.mixup) for name, made in options(TABLES[3]).items()}
+    expected = {
+        "naive fine-tuning": (False, False),
+        "+ MoFE": (True, False),
+        "+ D-beta": (False, True),
+        "both": (True, True),
+    }
+    assert parts == expected
+    assert [made.experts for made in options(TABLES[4]).values()] == [2, 3, 5, 7, 8, 9]
+    assert all(made.mixup for made in options(TABLES[4]).values())
+    grouping = options(TABLES[5])
+    assert {made.mixup for made in grouping.values()} == {False}
+    assert [made.grouping for made in grouping.values()] == ["wordnet", "clustering", "both"]
+    mixup = options(TABLES[6])
+    assert {made.moe for made in mixup.values()} == {False}
+    assert [(made.reg, made.dynamic) for made in mixup.values()] == [("none", True), ("l2", False), ("l2", True)]
+    assert TABLES[1]["MOS"].score == "mos"
+    assert options(TABLES[1])["MOS"].group_heads
+    assert all(TABLES[number]["baseline"] == Setting("knn", "knn") for number in (3, 4, 5, 6))
+    router = options(STUDIES["router"])
+    assert [(m.router_norm, m.gate, m.top_k) for m in router.values()] == [
+        ("layer_norm", "none", 1), ("none", "none", 1), ("layer_norm", "prob", 1), ("layer_norm", "renorm", 2),
+    ]  # fmt: skip
+    reg = options(STUDIES["reg_on"])
+    assert [(m.reg, m.reg_on) for m in list(reg.values())[:3]] == [
+        ("l2", "pre_norm"),
+        ("l2", "post_norm"),
+        ("ls", "pre_norm"),
+    ]
+    assert reg["none"].reg == "none"
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(root, backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "load_backbone", lambda args: backbone)
+    given = [part for name, value in QUICK.items() for part in ("--param", f"{name}={json.dumps(value)}")]
+
+    def command(*arguments, experts=3):
+        fixed = ["reproduce", "--root", root, "--out", tmp_path, "--param", f"experts={experts}", *given]
+        assert main(list(map(str, [*fixed, *arguments]))) == 0
+        return capsys.readouterr()
+
+    return command
+
+
+def test_a_table_has_ours_beside_the_papers(run):
+    printed = run("--table", 3, "--seeds", 0, 1)
+    lines = [line.split("  ") for line in printed.out.splitlines()]
+    header, *rows = ([cell.strip() for cell in line if cell.strip()] for line in lines)
+    assert header == ["FPR95 / AUROC", *OOD, "average", "accuracy"]
+    names = [row[0] for row in rows]
+    assert names == [
+        "baseline", "published on DINOv2: baseline", "naive fine-tuning", "+ MoFE", "published on DINOv2: + MoFE",
+        "+ D-beta", "published on DINOv2: + D-beta", "both", "published on DINOv2: both",
+    ]  # fmt: skip
+    assert rows[1][1:] == ["29.27 / 92.67"]
+    assert "±" not in rows[0][1]
+    assert all("±" in cell for cell in rows[3][1:])
+    assert "Table 1 has it as 28.34/92.18" in printed.err
+
+
+def test_gains_are_over_the_baseline(run):
+    found = json.loads(run("--table", 4, "--seeds", 0, "--json").out)
+    fpr95 = {name: row["average"]["fpr95"]["mean"] for name, row in found["results"].items()}
+    assert list(fpr95) == ["baseline", *(f"{n} experts" for n in (2, 3, 5, 7, 8, 9))]
+    for name, row in found["results"].items():
+        assert row["gain"]["mean"] == pytest.approx(fpr95["baseline"] - fpr95[name])
+    assert found["published"][3]["gain"] == 12.26
+    assert (found["table"], found["protocol"], found["backbone"]) == (4, "imagenet-1k", "small/vit")
+    lines = run("--table", 4, "--seeds", 0).out.splitlines()
+    assert lines[0].split()[-2:] == ["accuracy", "gain"]
+    (published,) = (line for line in lines if line.startswith("published on DINOv2: 7 experts"))
+    assert published.split()[-1] == "12.26"
+
+
+@pytest.mark.parametrize(("study", "column"), [("k", "accuracy"), ("reg_on", "norm"), ("scores", "accuracy")])
+def test_studies(run, study, column):
+    printed = run("--study", study, "--seeds", 0)
+    header, *rows = printed.out.splitlines()
+    assert header.split()[-1] == column
+    names = [row.split("  ")[0] for row in rows]
+    assert ("chosen on the OOD sets" in printed.err) == (study == "k")
+    if study == "k":
+        assert names[0] == "k=10"
+        assert "k=100" not in names  # the banks are smaller
+    else:
+        assert names == list(STUDIES[study])
+    if study == "reg_on":
+        assert all(float(row.split()[-1]) > 0 for row in rows)
+
+
+def test_a_backbone_with_texts_has_the_papers_rows_of_clip(root, tmp_path, capsys):
+    quick = [part for name in ("epochs=1", "batch_size=32", "augment=false", "experts=2") for part in ("--param", name)]
+    arguments = [
+        "--root",
+        str(root),
+        "--out",
+        str(tmp_path),
+        "--backbone",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--seeds",
+        "0",
+    ]
+    assert main(["reproduce", *arguments, *quick, "--json", "--keep"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["results"]) == [
+        "MCM", "MSP", "MaxLogit", "Energy", "KNN", "MOS", "naive fine-tuning", "MoFE + D-beta Mixup",
+        "MoFE + D-beta Mixup, knn",
+    ]  # fmt: skip
+    assert found["table"] == 1
+    assert {row["backbone"] for row in found["published"]} == {"CLIP"}
+    assert [row["method"] for row in found["published"]][-1] == "MoFE + D-beta Mixup"
+    assert found["results"]["MCM"]["accuracy"]["mean"] <= 1
+    assert found["results"]["KNN"]["accuracy"] is None
+    one, other = (found["results"][f"MoFE + D-beta Mixup{name}"]["average"] for name in ("", ", knn"))
+    assert one != other
+    assert (tmp_path / "imagenet-1k" / "tiny" / "mofe" / "seed-0" / "model.safetensors").is_file()
+    assert sum("not 1,281,167" in note for note in found["notes"]) == 1
+
+
+def test_a_dry_run_says_what_is_there(run, root, tmp_path):
+    assert "30 of 1,281,167" in run("--dry-run").out
+    rows = json.loads(run("--dry-run", "--json", "--set", f"SUN={root}/Places").out)
+    assert [row["set"] for row in rows] == ["train", "test", *OOD]
+    assert rows[3]["path"].endswith("Places")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--study", "q"], 2, "Unknown study 'q'"),
+        (["--study", "k", "--table", "3"], 2, "--table 3 or --study k, not both"),
+        (["--protocol", "imagenet-101"], 2, "Unknown protocol 'imagenet-101'"),
+        (["--protocol", "imagenet-100"], 3, "lacks"),
+        (["--param", "expert=3"], 2, "Did you mean 'experts'"),
+        (["--table", "4", "--set", "train={root}/SUN"], 3, "train"),
+    ],
+)
+def test_mistakes_are_one_sentence(root, tmp_path, backbone, monkeypatch, capsys, arguments, code, words):
+    monkeypatch.setattr(paper, "load_backbone", lambda args: backbone)
+    fixed = ["reproduce", "--root", str(root), "--out", str(tmp_path)]
+    assert main([*fixed, *(argument.format(root=root) for argument in arguments)]) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ood-mofe: ")
+    assert words in error
+    assert list(tmp_path.iterdir()) == []

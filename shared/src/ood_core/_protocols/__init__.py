@@ -1,0 +1,1 @@
+"""How `ood_core.protocols` finds what its data files name."""

@@ -1,0 +1,191 @@
+"""A linear probe: multinomial logistic regression on frozen image features, the baseline of HVL and MoFE."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood_core import _check, functional
+from ood_core.detectors.base import Detector
+from ood_core.errors import DataError
+from ood_core.features import FeatureSet
+
+__all__ = ["L2_GRID", "LinearProbe", "fit_logistic", "hold_out"]
+
+log = logging.getLogger(__name__)
+
+L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Penalties tried, strongest first: for unit-norm features from almost class means to almost no penalty."""
+
+_SCORERS = {
+    "msp": functional.msp,
+    "max_logit": functional.max_logit,
+    "energy": functional.energy,
+    "gen": functional.gen,
+}
+# Where no class has an image to spare for choosing.
+_UNCHOSEN_L2 = 1e-4
+
+
+class LinearProbe(Detector):
+    """Multinomial logistic regression on image features, and a score of its logits.
+
+    Needs no text tower, so it is the baseline for every backbone. Classes without an image are left out.
+
+    Args:
+        scorer: "msp", "max_logit", "energy" or "gen", of `ood_core.functional`.
+        l2: strength of the penalty, see `fit_logistic`; None: the one of `L2_GRID` with the smallest loss on a fifth
+            of each class held out, then fitted on all images.
+        seed: of the images held out.
+        **common: see `create_detector`.
+
+    Example:
+        >>> probe = create_detector("linear_probe", scorer="gen").fit(train)  # doctest: +SKIP
+        >>> probe.score_features(test), probe.predict(test), float(probe.state["l2"])  # doctest: +SKIP
+    """
+
+    name = "linear_probe"
+    fit_options = frozenset({"l2", "seed"})
+
+    def __init__(self, *, scorer: str = "msp", l2: float | None = None, seed: int = 0, **common: Any) -> None:
+        super().__init__(**common)
+        self.scorer = _check.choice("scorer", scorer, tuple(_SCORERS))
+        self.l2 = l2 if l2 is None else _check.positive("l2", l2)
+        self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
+
+    def _fit(self, features: FeatureSet) -> None:
+        x, labels = features.image.double(), self._class_labels(features)
+        _check_trainable(x, labels, self.class_names)
+        present, labels = labels.unique(return_inverse=True)
+        if len(present) < len(self.class_names):
+            log.warning("%d classes have no image and are left out.", len(self.class_names) - len(present))
+            self.class_names = [self.class_names[i] for i in present]
+        l2 = self.l2 or _choose_l2(x, labels, len(present), self.seed)
+        weight, bias = fit_logistic(x, labels, len(present), l2=l2)
+        self.state = {"weight": weight.float(), "bias": bias.float(), "l2": torch.tensor(l2, dtype=torch.float64)}
+
+    def logits(self, features: FeatureSet) -> Tensor:
+        """Logits [N, C] in the order of `class_names`."""
+        weight, bias = (self.state[name].to(features.image.device) for name in ("weight", "bias"))
+        return features.image @ weight.T + bias
+
+    def _score(self, features: FeatureSet) -> Tensor:
+        return _SCORERS[self.scorer](self.logits(features))
+
+    def _predict(self, features: FeatureSet) -> Tensor:
+        return self.logits(features).argmax(1)
+
+
+def _check_trainable(x: Tensor, labels: Tensor, class_names: list[str]) -> None:
+    if not x.isfinite().all():
+        raise DataError(f"{int((~x.isfinite()).any(1).sum())} of {len(x)} training features are NaN or infinite.")
+    if len(labels.unique()) < 2:
+        only = class_names[labels[0]]
+        raise DataError(f"A linear probe needs at least two classes; the images are all {only!r}.")
+    if (x == x[0]).all():
+        raise DataError(f"All {len(x)} training features are the same: there is nothing to tell the classes apart by.")
+
+
+def fit_logistic(
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    l2: float,
+    start: tuple[Tensor, Tensor] | None = None,
+    tolerance: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """The minimum of mean cross-entropy + l2 / 2 * |weight|^2 (L-BFGS in float64); the bias is not penalised.
+
+    scikit-learn's `LogisticRegression(C=1 / (N * l2))` has the same minimum for three and more classes.
+
+    Args:
+        x: features [N, d].
+        labels: int64 [N] in [0, classes).
+        classes: number of classes, at least 2.
+        l2: strength of the penalty, above 0.
+        start: (weight, bias) to start from; zeros by default.
+        tolerance: largest entry of the gradient at which to stop.
+
+    Returns:
+        weight [classes, d] and bias [classes], float64, each with zero sum over the classes.
+
+    Raises:
+        TypeError: `x` or `labels` is no tensor of its kind.
+        ValueError: shapes that do not fit, NaN, labels out of range, `l2` not above 0.
+
+    Example:
+        >>> weight, bias = fit_logistic(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]), 2, l2=0.1)
+        >>> weight.round(decimals=3)
+        tensor([[ 1.0640],
+                [-1.0640]], dtype=torch.float64)
+    """
+    from scipy.optimize import minimize
+
+    (x,) = _check.tensors(x=(x, "N d"))
+    x, labels = x.double(), _check.labels("labels", labels, len(x), classes).to(x.device)
+    _check.positive("l2", l2)
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _loss_and_gradient(_unflatten(flat, classes, x), x, labels, l2)
+        return value, gradient.cpu().numpy()
+
+    first = np.zeros(classes * (x.shape[1] + 1)) if start is None else torch.cat([s.flatten() for s in start]).numpy()
+    options = {"maxiter": 5000, "maxfun": 10000, "maxcor": 20, "ftol": 1e-15, "gtol": tolerance}
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=options)
+    if (steepness := float(np.abs(found.jac).max())) > 1e-4:
+        log.warning("The linear probe with l2=%g stopped early, at a gradient of %.1g.", l2, steepness)
+    weight, bias = _unflatten(found.x, classes, x)
+    return weight.cpu(), bias.cpu()
+
+
+def _unflatten(flat: np.ndarray, classes: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    split = torch.from_numpy(flat).to(x.device).split([classes * x.shape[1], classes])
+    return split[0].view(classes, x.shape[1]), split[1]
+
+
+def _loss_and_gradient(parameters: tuple[Tensor, Tensor], x: Tensor, labels: Tensor, l2: float) -> tuple[float, Tensor]:
+    weight, bias = parameters
+    log_p = (x @ weight.T + bias).log_softmax(1)
+    error = log_p.exp()
+    rows = torch.arange(len(x), device=x.device)
+    error[rows, labels] -= 1
+    error /= len(x)
+    value = -log_p[rows, labels].mean() + l2 / 2 * weight.square().sum()
+    return float(value), torch.cat([(error.T @ x + l2 * weight).flatten(), error.sum(0)])
+
+
+def hold_out(labels: Tensor, seed: int) -> Tensor:
+    """A fifth of every class, at least one image of it, none of a class with a single image; bool [N].
+
+    Example:
+        >>> hold_out(torch.tensor([0, 0, 1]), seed=0).sum()
+        tensor(1)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        count = max(1, len(rows) // 5) if len(rows) > 1 else 0
+        held[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return held
+
+
+def _choose_l2(x: Tensor, labels: Tensor, classes: int, seed: int) -> float:
+    """The penalty with the smallest held-out cross-entropy, the stronger of equals."""
+    held = hold_out(labels.cpu(), seed)
+    if not held.any():
+        log.warning("No class has a second image to choose the penalty on: l2=%g is taken.", _UNCHOSEN_L2)
+        return _UNCHOSEN_L2
+    best, smallest, fitted = L2_GRID[0], float("inf"), None
+    for l2 in L2_GRID:
+        fitted = fit_logistic(x[~held], labels[~held], classes, l2=l2, start=fitted, tolerance=1e-5)
+        weight, bias = (value.to(x.device) for value in fitted)
+        loss = torch.nn.functional.cross_entropy(x[held] @ weight.T + bias, labels[held].to(x.device)).item()
+        if loss < smallest:
+            best, smallest = l2, loss
+    return best
