@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
 from ood_mofe.functional import wordnet_groups
 from ood_mofe.partition import imagenet_edges
+from ood_mofe.runner import variants
 from tiny_imagenet_100 import FAR, split_classes
 
 RESULT = Path(__file__).parent / "results" / "mofe.json"
@@ -106,29 +107,13 @@ class Sets:
         return torch.cat([F.normalize(norm(block(part)[:, 0]).float(), dim=1) for part in tokens.split(500)])
 
 
-def judge(detectors: dict[str, Detector], features: dict[str, FeatureSet]) -> dict[str, Any]:
+def judge(detectors: Mapping[str, Detector], features: dict[str, FeatureSet]) -> dict[str, Any]:
     features = dict(features)
     found = evaluate(detectors, id=features.pop("id"), ood=features).results["detectors"]
     for figures in found.values():
         for metric in ("auroc", "fpr95"):
             figures.setdefault("far_mean", {})[metric] = statistics.fmean(figures["per_set"][n][metric] for n in FAR)
     return found
-
-
-def scores_of(detector: Any) -> dict[str, Detector]:
-    """The scores that this network has, by name."""
-    wanted: dict[str, dict[str, Any]] = {
-        "knn": {"scorer": "knn", "bank": "expert"},
-        "knn, one bank": {"scorer": "knn", "bank": "global"},
-        "msp": {"scorer": "msp"},
-        "max_logit": {"scorer": "max_logit"},
-        "energy": {"scorer": "energy"},
-    }
-    if not detector.moe:
-        wanted.pop("knn, one bank")
-    if detector.moe or detector.group_heads:
-        wanted["mos"] = {"scorer": "mos"}
-    return {name: copy(detector).set_params(**options) for name, options in wanted.items()}
 
 
 def word_groups(sets: Sets, experts: int) -> dict[str, int]:
@@ -193,7 +178,7 @@ def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) 
         detector: Any = create_detector("mofe", backbone=backbone, class_names=sets.fit.label_names, **options)
         detector.fit(sets.fit, checkpoint=folder / "checkpoint.safetensors", progress=False)
         minutes = (time.perf_counter() - started) / 60
-        scores = judge(scores_of(detector), sets.of_experts(detector))
+        scores = judge(variants(detector), sets.of_experts(detector))
         write_json(file, {"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history})
     return json.loads(file.read_text())
 

@@ -345,6 +345,7 @@ def test_a_member_of_two_fusions_is_run_once(small_backbone, image_folder, tmp_p
     calibrate_detectors(detectors, image_folder)
     again = Fusion(single, combine="fisher").calibrate(image_folder)
     assert again.threshold == fused["all"].threshold
+    assert single["mcm"].calibration.n == 20  # in its own name, too
     assert again.calibration.data_hash == fused["all"].calibration.data_hash
     runs.clear()
     other = scenes.write_folder(scenes.textures(7, size=32), tmp_path / "textures")
@@ -355,6 +356,7 @@ def test_a_member_of_two_fusions_is_run_once(small_backbone, image_folder, tmp_p
         "normalize": "p_value", "combine": "fisher", "weights": None, "members": ["mcm", "gl_mcm", "max_logit"]
     }  # fmt: skip
     assert [b["spec"] for b in found.results["environment"]["backbones"]] == ["small"]
+    assert [name for name, figures in found.results["detectors"].items() if "accuracy" in figures] == ["mcm"]
     for name in detectors:
         np.testing.assert_allclose(
             found.scores.scores(name, "textures"), detectors[name].score(other).numpy(), rtol=1e-5

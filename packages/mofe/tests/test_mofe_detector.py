@@ -397,7 +397,7 @@ def test_saved_and_loaded(backbone, fitted, features, tmp_path, monkeypatch):
     assert torch.equal(loaded.score(photos(9, seed=5)), detector.score(photos(9, seed=5)))
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"num_heads": 4}, {"depth": 3}], ids=["weights", "heads", "depth"])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"embed_dim": 8}, {"depth": 3}], ids=["weights", "width", "depth"])
 def test_another_backbone_is_refused(fitted, tmp_path, other):
     fitted.save_pretrained(tmp_path)
     model = dict(other)

@@ -409,6 +409,30 @@ PLAIN = {
 }
 
 
+@pytest.mark.parametrize("mode", [{}, {"dynamic": False}], ids=["folded", "vanilla"])
+def test_the_shares_of_a_batch_add_up_to_the_whole(backbone, source, mode):
+    """What several processes compute: draws are those of the whole batch, partners may be in another share."""
+    pixels = Crops(source, backbone, tokens=False, limit=1e9)
+    objective = Objective(
+        make_network(backbone),
+        LABELS,
+        pixels,
+        lambda x: backbone.prefix(x.double()),
+        accuracy=lambda epoch: torch.zeros(CLASSES),
+        **mode,
+    )
+    batch = torch.tensor([7, 3, 12, 0, 19, 4, 21])
+    whole = objective(batch, 1, batch=batch)
+    shares = [objective(rows, 1, batch=batch) for rows in (batch[0::2], batch[1::2])]
+    for name, value in whole.items():
+        if name == "experts":
+            ours = sum(share[name][0] for share in shares)
+            torch.testing.assert_close(ours, value[0], rtol=1e-9, atol=0)
+            assert sum(share[name][1] for share in shares) == value[1]
+        else:
+            torch.testing.assert_close((4 * shares[0][name] + 3 * shares[1][name]) / 7, value, rtol=1e-9, atol=0)
+
+
 class TestOneClassInTheBatch:
     """Nothing to mix with: the mixed loss is that of the images themselves."""
 

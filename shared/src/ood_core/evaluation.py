@@ -455,7 +455,7 @@ def _figures(
         figures |= {"threshold": detector.threshold, "tpr": detector.tpr}
         if detector.calibration is not None:
             figures["calibration"] = detector.calibration.describe()
-            accepted = detector.calibration.accepted(torch.tensor(scores.scores(name, "id")), _NOMINAL)
+            accepted = detector.calibration.accepted(torch.from_numpy(scores.scores(name, "id").copy()), _NOMINAL)
             figures["acceptance"] = {"nominal": list(_NOMINAL), "accepted": accepted}
         figures["id_accepted"] = float((scores.scores(name, "id") >= detector.threshold).mean())
     return figures

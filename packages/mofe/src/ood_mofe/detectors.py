@@ -18,7 +18,7 @@ from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.trained import TrainedDetector
-from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
 from torch import Tensor
 
@@ -399,14 +399,28 @@ class MoFE(TrainedDetector):
         if self.state:
             self._backbone_record["base"] = base.fingerprint
 
-    def _with_experts(self, base: Backbone) -> Backbone:
-        """The backbone with "router" and "token", computed in one pass behind its trunk."""
+    def network(self) -> MoFENetwork:
+        """What was trained, as a function of the tokens that `Backbone.prefix` gives.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        if not self.fitted:
+            raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
+        return self._loaded(_plain(self._required_backbone()))
+
+    def _loaded(self, base: Backbone) -> MoFENetwork:
         network = self._network(base, self.group)
         learned = {
             name.removeprefix("model."): value for name, value in self.state.items() if name.startswith("model.")
         }
         network.load_state_dict(learned)
-        network.requires_grad_(False)
+        return network.requires_grad_(False)
+
+    def _with_experts(self, base: Backbone) -> Backbone:
+        """The backbone with "router" and "token", computed in one pass behind its trunk."""
+        network = self._loaded(base)
+        learned = network.state_dict()
         options = {name: getattr(network, name) for name in _NETWORK}
         read = {name: value for name, value in learned.items() if not name.startswith("readout.")}
         key = hash_tensors(sorted(read.items()), json.dumps(options))

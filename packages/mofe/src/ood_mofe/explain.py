@@ -218,7 +218,7 @@ def _shown(detector: MoFE, train: ImageSource, nearest: list[Neighbour]) -> list
             one.distance,
             train.ids[one.row],
             train.label_names[labels[one.row]] if labels[one.row] >= 0 else None,
-            train.open(0),
+            train.open(one.row),
         )
         for one in nearest
     ]

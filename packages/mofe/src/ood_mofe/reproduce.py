@@ -100,17 +100,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if args.dry_run:
         show_found(args, inspect_protocol(args.protocol, args.root, overrides))
         return
-    bench = Bench(
-        find_protocol(args.protocol, args.root, overrides=overrides),
-        load_backbone(args),
-        Path(args.out),
-        params=dict(map(parse_param, args.param)),
-        seeds=args.seeds,
-        extraction=extraction_options(args),
-        convention=args.convention,
-        keep=args.keep,
-        say=message,
-    )
+    bench = _bench(args, overrides)
     message(bench.protocol.describe())
     number = None if args.study else args.table or (2 if args.protocol == "imagenet-100" else 1)
     settings = STUDIES[args.study] if number is None else _settings(number, bench)
@@ -132,6 +122,20 @@ def reproduce(args: argparse.Namespace) -> None:
         message(f"Note: {note}")
     _print(results, rows, list(bench.protocol.ood), norms=args.study == "reg_on")
     message(f"Every run: {args.out}")
+
+
+def _bench(args: argparse.Namespace, overrides: Mapping[str, str]) -> Bench:
+    return Bench(
+        find_protocol(args.protocol, args.root, overrides=overrides),
+        load_backbone(args),
+        Path(args.out),
+        params=dict(map(parse_param, args.param)),
+        seeds=args.seeds,
+        extraction=extraction_options(args),
+        convention=args.convention,
+        keep=args.keep,
+        say=message,
+    )
 
 
 def _results(bench: Bench, settings: Mapping[str, Setting]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _read_images(folder: Path) -> ImageSource:
     if not folder.is_dir():
         raise MissingDataError(f"there is no folder {str(folder)!r}; get it: {_PUBLISHED}.")
     source = ImageFolder(folder)
-    outside = [id for id in source.ids if id.partition("/")[0] not in _TISSUES or "/" not in id]
+    outside = [id for id in source.ids if id.partition("/")[0] not in _TISSUES]
     if outside:
         raise DataError(
             f"{str(folder)!r} holds {len(outside):,} images outside folders named {', '.join(_TISSUES)}; first "
