@@ -20,10 +20,10 @@ import numpy as np
 from ood_core import ParquetImages, create_backbone
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
+from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
 from ood_core.evaluation import environment
 from ood_hvl.layouts import Layout, Task
-from ood_hvl.layouts.joined import JoinedSources
 from ood_hvl.layouts.survey import relabelled
 from ood_hvl.reproduce import STUDIES
 from ood_hvl.runner import BASELINES, pyramid_features, run_layout, summarise

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ood_core import extract
 from ood_core.data import ImageFolder
+from ood_core.data.joined import JoinedSources
 from ood_core.errors import DataError, ImageError, MissingDataError, UsageError
 from ood_core.features import FeatureSet
 from ood_core.protocols import describe
@@ -30,7 +31,6 @@ from ood_hvl.layouts import (
     nct_crc,
     skin_40,
 )
-from ood_hvl.layouts.joined import JoinedSources
 from PIL import Image
 
 

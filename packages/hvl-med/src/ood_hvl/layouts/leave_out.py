@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource, Manifest, ParquetImages, PathLike, match_labels, open_source
 from ood_core.errors import DataError, UsageError, unknown_name
 from ood_core.protocols import FoundSet
 
-from ood_hvl.layouts.joined import JoinedSources
 from ood_hvl.layouts.survey import Layout
 from ood_hvl.layouts.tasks import FOLDS, Task, fold_tasks, split_task
 

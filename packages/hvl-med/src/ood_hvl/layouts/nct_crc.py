@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageFolder, ImageSource, PathLike
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
 
-from ood_hvl.layouts.joined import JoinedSources
 from ood_hvl.layouts.survey import Layout, Survey, data_root, relabelled
 from ood_hvl.layouts.tasks import Task, split_task
 
