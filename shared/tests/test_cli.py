@@ -238,6 +238,16 @@ def test_stacking_says_what_it_learned_from(tables, tmp_path, capsys):
     saved = json.loads((tmp_path / "f" / "config.json").read_text())
     assert saved["labelled_ood"]["images"] == 25
     assert saved["calibration"]["n"] == 24
+    files = {
+        name: [tables / f"{detector}-{name}.parquet" for detector in ("mcm", "max_logit")]
+        for name in ("test", "val", "textures")
+    }
+    code, _, err = run(
+        capsys, "fuse", *files["test"], "--calibration", *files["val"], "--combine", "stacking",
+        "--labelled-ood", *files["textures"],
+    )  # fmt: skip
+    assert code == 3
+    assert "16 calibration images are too few" in err  # half of 32
 
 
 def test_extract_fills_a_cache_that_score_uses(data, tmp_path, capsys):
