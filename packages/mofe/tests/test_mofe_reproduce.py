@@ -97,6 +97,8 @@ def test_groups_come_from_wordnet_for_classes_with_ids(bench, protocol, backbone
     assert protocol.class_names[0] == "tench"
     made = bench._made(Setting("mofe", "knn"), 0)
     assert (made.class_names, made.grouping) == (WNIDS, "both")
+    assert (made.experts, made.epochs) == (3, 1)
+    assert bench._made(Setting("mofe", "knn", {"experts": 5}), 0).experts == 5  # a row's own come before those given
     given = dict.fromkeys(WNIDS[:5], "a") | dict.fromkeys(WNIDS[5:], "b")
     own = Bench(protocol, backbone, bench.out, params={"groups": given, "experts": 2})
     assert own._made(Setting("mofe", "knn"), 0).grouping == "auto"
