@@ -51,8 +51,7 @@ def main() -> int:
     backbone = create_backbone(args.backbone, dtype=args.dtype)
     wide = with_pyramid(backbone, n)
     pixels = torch.randn(args.encoded, 3, *backbone.transform.crop)
-    embeddings = wide.encode(pixels, {"pyramid"})["pyramid"]
-    cached = torch.randn(args.batch, *embeddings.shape[1:]).half()
+    cached = torch.randn(args.batch, tiles_per_image(n), backbone.width).half()
     labels = torch.arange(args.batch) % args.classes
     model = HVLModel(torch.randn(args.classes, backbone.width))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -66,15 +65,16 @@ def main() -> int:
         with torch.no_grad():
             model(cached.float()).combined("paper")
 
-    three, peak_three = added_at_peak(lambda: seconds(lambda: wide.encode(pixels, {"pyramid"}), args.repeats))
+    # The single scale first, and nothing large before it: what was once allocated is used again.
     one, peak_one = added_at_peak(lambda: seconds(lambda: backbone.encode_image(pixels), args.repeats))
+    three, peak_three = added_at_peak(lambda: seconds(lambda: wide.encode(pixels, {"pyramid"}), args.repeats))
     trained, head = seconds(step, 10 * args.repeats), seconds(infer, 10 * args.repeats)
     again = three / args.encoded * args.batch + trained
     results = {
         "cached_step_ms": 1000 * trained,
         "step_that_encodes_ms": 1000 * again,
         "ratio": again / trained,
-        "cache_bytes_per_image": embeddings[0].numel() * embeddings.element_size(),
+        "cache_bytes_per_image": cached[0].numel() * cached.element_size(),
         "encoded_images_per_second": args.encoded / three,
         "encoded_tiles_per_second": args.encoded * tiles_per_image(n) / three,
         "single_scale_images_per_second": args.encoded / one,
