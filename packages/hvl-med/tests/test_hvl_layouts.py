@@ -835,6 +835,6 @@ def test_classes_that_cannot_be_cut_into_folds(tmp_path):
         leave_classes_out(tmp_path / "flat", ["a"])
 
 
-@pytest.mark.parametrize("name", ["isic", "joined", "leave_out", "nct_crc", "registry", "sd198", "survey", "tasks"])
+@pytest.mark.parametrize("name", ["isic", "leave_out", "nct_crc", "registry", "sd198", "survey", "tasks"])
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"ood_hvl.layouts.{name}")).failed == 0
