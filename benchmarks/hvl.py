@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from ood_core import ParquetImages, create_backbone
 from ood_core._files import write_json
+from ood_core._protocols.catalog import set_entry
 from ood_core.backbones.base import Backbone
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
@@ -29,23 +30,13 @@ from ood_hvl.reproduce import STUDIES
 from ood_hvl.runner import BASELINES, pyramid_features, run_layout, summarise
 
 RESULT = Path(__file__).parent / "results" / "hvl.json"
-SKIN = {
-    "akiec": "actinic keratosis",
-    "bcc": "basal cell carcinoma",
-    "bkl": "benign keratosis",
-    "df": "dermatofibroma",
-    "mel": "melanoma",
-    "nv": "melanocytic nevus",
-    "vasc": "vascular lesion",
-}
-KNOWN = ("nv", "mel", "df", "vasc")
-# The pack does not explain its letters: these names are inferred.
-TISSUE = {
-    "AC": "colorectal adenocarcinoma",
-    "H": "healthy colon tissue",
-    "S": "serrated adenoma",
-    "T": "tubular adenoma",
-    "V": "villous adenoma",
+# The protocols' own names of the classes, by the packs' labels.
+TISSUE = set_entry("Histology-5")["classes"]
+KNOWN = set_entry("HAM-4")["classes"]
+SKIN = KNOWN | {
+    label: name
+    for title in ("actinic keratosis", "basal cell carcinoma", "benign keratosis")
+    for label, name in set_entry(title)["classes"].items()
 }
 
 
@@ -67,7 +58,7 @@ def _named(source: JoinedSources) -> ImageSource:
 
 def ham_4(joined: JoinedSources) -> Layout:
     """Four lesions known, three unknown; far: histology and textures."""
-    source, known = _named(joined), [SKIN[name] for name in KNOWN]
+    source, known = _named(joined), list(KNOWN.values())
     rest = [name for name in SKIN.values() if name not in known]
     rows = {part: _rows(joined, source, f"skin-{part}", known) for part in ("train", "test")}
     near = {name: _rows(joined, source, "skin-test", [name]) for name in rest}

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ood_core import ParquetImages, create_backbone, extract
+from ood_core import create_backbone, extract
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.evaluation import environment
 from ood_iim.studies import STUDIES, Sets, summarise, trial
-from tiny_imagenet_100 import FAR, split_classes
+from tiny_imagenet_100 import fit_images, test_sets
 
 RESULT = Path(__file__).parent / "results" / "iim.json"
 VARIATIONS: dict[str, dict[str, Any]] = {
@@ -37,14 +37,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 
 def protocol(packs: Path, backbone: Backbone, cache: str | None) -> Sets:
     """The test sets as features, extracted once for all runs."""
-    fit, _ = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="fit"))
-    test, near = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="val"))
-    ood = {"near": near}
-    for name, spec in FAR.items():
-        file, _, split = spec.partition(":")
-        ood[name] = ParquetImages(packs / file, split=split or None)
-    needs = {"image", "local"}
-    features = {name: extract(backbone, source, needs, cache=cache) for name, source in {"id": test, **ood}.items()}
+    fit, needs = fit_images(packs), {"image", "local"}
+    features = {name: extract(backbone, source, needs, cache=cache) for name, source in test_sets(packs).items()}
     return Sets(fit, features.pop("id"), features, fit.label_names)
 
 

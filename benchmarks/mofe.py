@@ -10,8 +10,6 @@ which `tools/make_docs.py` turns into docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -21,17 +19,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ood_core import FeatureSet, ParquetImages, create_backbone, create_detector, evaluate
+from ood_core import FeatureSet, create_backbone, create_detector, evaluate
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
+from ood_core.protocols import find_protocol
+from ood_core.runs import kept_runs
 from ood_mofe.functional import wordnet_groups
 from ood_mofe.partition import imagenet_edges
 from ood_mofe.runner import variants
-from tiny_imagenet_100 import FAR, split_classes
+from tiny_imagenet_100 import fit_images, test_sets, with_far_mean
 
 RESULT = Path(__file__).parent / "results" / "mofe.json"
 MAIN: dict[str, dict[str, Any]] = {
@@ -65,14 +65,9 @@ class Sets:
 
     def __init__(self, backbone: Backbone, packs: Path) -> None:
         self.backbone = backbone
-        fit = ParquetImages(packs / "tiny-imagenet.parquet", split="fit")
-        self.fit, self.wnids = split_classes(fit)[0], sorted(map(str, fit.label_values))[:100]
-        test, near = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="val"))
-        sources = {"id": test, "near": near}
-        for name, spec in FAR.items():
-            file, _, split = spec.partition(":")
-            sources[name] = ParquetImages(packs / file, split=split or None)
-        self.kept = {name: self._read(source) for name, source in sources.items()}
+        self.fit = fit_images(packs)
+        self.wnids = find_protocol("tiny-imagenet-100", packs).wnids
+        self.kept = {name: self._read(source) for name, source in test_sets(packs).items()}
 
     @torch.no_grad()
     def _read(self, source: ImageSource) -> tuple[FeatureSet, torch.Tensor]:
@@ -109,11 +104,7 @@ class Sets:
 
 def judge(detectors: Mapping[str, Detector], features: dict[str, FeatureSet]) -> dict[str, Any]:
     features = dict(features)
-    found = evaluate(detectors, id=features.pop("id"), ood=features).results["detectors"]
-    for figures in found.values():
-        for metric in ("auroc", "fpr95"):
-            figures.setdefault("far_mean", {})[metric] = statistics.fmean(figures["per_set"][n][metric] for n in FAR)
-    return found
+    return with_far_mean(evaluate(detectors, id=features.pop("id"), ood=features).results["detectors"])
 
 
 def word_groups(sets: Sets, experts: int) -> dict[str, int]:
@@ -172,15 +163,17 @@ def main() -> int:
 
 def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> dict[str, Any]:
     """A training and its figures, read back if it is finished."""
-    file = folder / "results.json"
-    if not file.exists():
+
+    def make() -> list[dict[str, Any]]:
         started = time.perf_counter()
         detector: Any = create_detector("mofe", backbone=backbone, class_names=sets.fit.label_names, **options)
         detector.fit(sets.fit, checkpoint=folder / "checkpoint.safetensors", progress=False)
         minutes = (time.perf_counter() - started) / 60
         scores = judge(variants(detector), sets.of_experts(detector))
-        write_json(file, {"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history})
-    return json.loads(file.read_text())
+        return [{"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history}]
+
+    recipe = {"options": options, "backbone": backbone.fingerprint, "images": sets.fit.fingerprint}
+    return kept_runs(folder / "results.json", recipe, make)[0]
 
 
 def _tell(label: str, run: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ood_core import FeatureSet, FewShot, ParquetImages, create_backbone, create_detector, evaluate
+from ood_core import FeatureSet, FewShot, create_backbone, create_detector, evaluate
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
@@ -30,7 +29,7 @@ from ood_setar.edit import SeTAREdit
 from ood_setar.finetune import finetune, lora
 from ood_setar.network import image_features
 from ood_setar.search import search, visiting_order
-from tiny_imagenet_100 import FAR, split_classes
+from tiny_imagenet_100 import fit_images, test_sets, with_far_mean
 
 RESULT = Path(__file__).parent / "results" / "setar.json"
 SCORES: dict[str, dict[str, Any]] = {"mcm": {}, "gl_mcm": {}}
@@ -86,12 +85,7 @@ class Sets:
     """All test sets as inputs of the first block: no edit changes what lies below it, which is most of the work."""
 
     def __init__(self, backbone: Backbone, packs: Path) -> None:
-        test, near = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="val"))
-        sources = {"id": test, "near": near}
-        for name, spec in FAR.items():
-            file, _, split = spec.partition(":")
-            sources[name] = ParquetImages(packs / file, split=split or None)
-        self.kept = {name: self._embed(backbone, source) for name, source in sources.items()}
+        self.kept = {name: self._embed(backbone, source) for name, source in test_sets(packs).items()}
 
     @staticmethod
     @torch.no_grad()
@@ -133,11 +127,7 @@ def judge(backbone: Backbone, sets: Sets, class_names: list[str], scores: dict[s
         name: create_detector(name, backbone=backbone, class_names=class_names, **options)
         for name, options in scores.items()
     }
-    found = evaluate(detectors, id=features.pop("id"), ood=features).results["detectors"]
-    for figures in found.values():
-        for metric in ("auroc", "fpr95"):
-            figures.setdefault("far_mean", {})[metric] = statistics.fmean(figures["per_set"][n][metric] for n in FAR)
-    return found
+    return with_far_mean(evaluate(detectors, id=features.pop("id"), ood=features).results["detectors"])
 
 
 def minor_energy(backbone: Backbone, share: float = 0.4) -> dict[str, list[float]]:
@@ -168,7 +158,7 @@ def main() -> int:
     args = parser.parse_args()
     backbone = create_backbone(args.backbone, dtype="float32")
     work = args.work.expanduser() / backbone.fingerprint[:12]
-    fit, _ = split_classes(ParquetImages(args.packs / "tiny-imagenet.parquet", split="fit"))
+    fit = fit_images(args.packs)
     names, every = fit.label_names, SCORES | NEG_LABEL
     sets = Sets(backbone, args.packs)
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() and args.resume else {}

@@ -30,18 +30,27 @@ from ood_core.prompts import text_features
 from ood_core.protocols import find_protocol
 
 RESULT = Path(__file__).parent / "results" / "tiny_imagenet_100.json"
-FAR = {
-    "textures": "textures-dtd.parquet:test",
-    "scenes": "scenes-15.parquet",
-    "flowers": "flowers.parquet:test",
-    "mnist": "mnist.parquet:test",
-    "fashion-mnist": "fashion-mnist.parquet:test",
-    "dermatology": "dermatology-ham10000.parquet:test",
-    "histology": "histology-colorectal.parquet:test",
-    "chest-xray": "chest-xray.parquet:test",
-}
 OTHERS = ("iim", "setar", "neg_label", "hvl", "mofe")  # in iim.py, setar.py, hvl.py, mofe.py
 ZERO_SHOT = ["mcm", "gl_mcm", "r_mcm", "s_mcm"]
+
+
+def fit_images(packs: Path) -> ImageSource:
+    """All 50 images per ID class that the backbone has not seen: the protocol draws its few shots from them."""
+    return split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="fit"))[0]
+
+
+def test_sets(packs: Path) -> dict[str, ImageSource]:
+    """The ID test set as "id", and the OOD sets."""
+    protocol = find_protocol("tiny-imagenet-100", packs)
+    return {"id": protocol.test, **protocol.ood}
+
+
+def with_far_mean(detectors: dict[str, Any]) -> dict[str, Any]:
+    """Figures by detector, with "far_mean": the mean over all OOD sets but the near one."""
+    for figures in detectors.values():
+        far = [figure for name, figure in figures["per_set"].items() if name != "near"]
+        figures["far_mean"] = {key: statistics.fmean(figure[key] for figure in far) for key in ("auroc", "fpr95")}
+    return detectors
 
 
 def split_classes(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -76,11 +85,7 @@ def run(
         notes=protocol.notes,
         cache=cache,
     ).results
-    far = [name for name, kind in protocol.kinds.items() if kind == "far"]
-    for figures in results["detectors"].values():
-        figures["far_mean"] = {
-            key: statistics.fmean(figures["per_set"][name][key] for name in far) for key in ("auroc", "fpr95")
-        }
+    with_far_mean(results["detectors"])
     return results | {"protocol": "tiny-imagenet-100"}
 
 
