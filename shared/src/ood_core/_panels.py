@@ -55,17 +55,28 @@ def side_by_side(headline: str, panels: Sequence[Panel]) -> Image.Image:
     return page
 
 
-def write_png(picture: Image.Image, path: str | Path) -> Path:
-    """Write a picture (atomic) and return its path.
+class Drawable:
+    """An explanation that can be drawn."""
 
-    Raises:
-        UsageError: a file name that does not end in .png.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"The picture is a PNG: {str(path)!r} must end in .png.")
-    write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
-    return path
+    def render(self) -> Image.Image:
+        """The picture."""
+        raise NotImplementedError
+
+    def draw(self, path: str | Path) -> Path:
+        """Write `render()` as a PNG file (atomic).
+
+        Returns:
+            `path`.
+
+        Raises:
+            UsageError: a file name that does not end in .png.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"The picture is a PNG: {str(path)!r} must end in .png.")
+        picture = self.render()
+        write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+        return path
 
 
 def verdict(is_ood: bool | None, score: float, threshold: float | None, predicted: str) -> str:

@@ -74,7 +74,7 @@ class HVL(TrainedDetector):
     capabilities = frozenset({"image", "text"})
     remedy = "call fit(features or images) with labelled ID images of at least two classes first"
     # Six tiles per image instead of 21, of the four fine ones the most doubtful.
-    demo_options: ClassVar[Mapping[str, Any]] = {"n": 1, "k": 1, "epochs": 40}
+    demo_options: ClassVar[Mapping[str, Any]] = {"n": 1, "k": 1}
 
     def __init__(
         self,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from ood_core import _panels
-from ood_core._panels import Panel
+from ood_core._panels import Drawable, Panel
 from ood_core.data.decode import to_rgb
 from ood_core.errors import UsageError
 from ood_core.features import extract
@@ -21,7 +20,7 @@ __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(Drawable):
     """What went into the score of one image; tiles are numbered row by row from 0.
 
     Attributes:
@@ -78,17 +77,6 @@ class Explanation:
         """Five panels side by side: image, kept tiles of both scales, classes of the fine tiles, entropy gain."""
         panels = [_whole(self), _tiles(self, 0), _tiles(self, 1), _classes(self), _gain(self)]
         return _panels.side_by_side(_panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), panels)
-
-    def draw(self, path: str | Path) -> Path:
-        """Write `render()` as a PNG file (atomic).
-
-        Returns:
-            `path`.
-
-        Raises:
-            UsageError: a file name that does not end in .png.
-        """
-        return _panels.write_png(self.render(), path)
 
 
 @torch.no_grad()

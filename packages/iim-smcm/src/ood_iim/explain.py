@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from ood_core import _panels
-from ood_core._panels import Panel
+from ood_core._panels import Drawable, Panel
 from ood_core.data.decode import to_rgb
 from ood_core.detectors.zero_shot import default_k
 from ood_core.errors import UsageError
@@ -23,7 +22,7 @@ __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(Drawable):
     """What went into the score of one image.
 
     Patches are numbered row by row from 0; maps are [h, w], the grid of the backbone.
@@ -86,17 +85,6 @@ class Explanation:
         return _panels.side_by_side(
             _headline(self), [_picture(self), _mined_patches(self), _best_classes(self), *_maps(self)]
         )
-
-    def draw(self, path: str | Path) -> Path:
-        """Write `render()` as a PNG file (atomic).
-
-        Returns:
-            `path`.
-
-        Raises:
-            UsageError: a file name that does not end in .png.
-        """
-        return _panels.write_png(self.render(), path)
 
 
 def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from ood_core import _panels, functional
-from ood_core._panels import Panel
+from ood_core._panels import Drawable, Panel
 from ood_core.data import open_source
 from ood_core.data.decode import to_rgb
 from ood_core.data.sources import ImageSource
@@ -63,7 +63,7 @@ class Neighbour(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(Drawable):
     """What went into the score of one image.
 
     Attributes:
@@ -115,17 +115,6 @@ class Explanation:
         """Four panels side by side: image, experts, nearest training images, distances of known images."""
         panels = [_whole(self), _experts(self), _neighbours(self), _distances(self)]
         return _panels.side_by_side(_panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), panels)
-
-    def draw(self, path: str | Path) -> Path:
-        """Write `render()` as a PNG file (atomic).
-
-        Returns:
-            `path`.
-
-        Raises:
-            UsageError: a file name that does not end in .png.
-        """
-        return _panels.write_png(self.render(), path)
 
 
 @torch.no_grad()
