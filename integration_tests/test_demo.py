@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from ood_core import list_detectors
 from sklearn.metrics import roc_auc_score
 
 
@@ -30,7 +32,8 @@ def test_files_and_figures(demo):
     results = json.loads((out / "results.json").read_text())
     frame = pd.read_parquet(out / "scores.parquet")
     assert results["schema"] == 1
-    assert {"mcm", "gl_mcm", "r_mcm", "s_mcm", "knn", "mahalanobis", "vim", "msp"} <= set(results["detectors"])
+    assert set(results["detectors"]) == {*list_detectors(), "fusion"}
+    assert results["detectors"]["fusion"]["params"]["members"] == list_detectors()
     assert {"id", "near-combinations"} < set(frame["source"])
     assert (frame["status"] == "ok").all()
     for name, figures in results["detectors"].items():
@@ -41,6 +44,13 @@ def test_files_and_figures(demo):
             assert figure["n"] == (frame["source"] == source).sum()
     assert (out / "report.html").stat().st_size > 50_000
     assert len(list((out / "data").glob("*/*/*.png"))) > 1000
+
+
+@pytest.mark.slow
+def test_figures_follow_from_the_scores(demo):
+    tool = Path(__file__).parents[1] / "tools" / "check_results.py"
+    done = subprocess.run([sys.executable, tool, demo[0]], capture_output=True, text=True, check=True)
+    assert f"{len(list_detectors()) + 1} detectors checked" in done.stdout
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ood_core import functional
+from ood_core import _nearest, functional
 from ood_core.ops import topk_patch_softmax
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "scores.npz")
@@ -170,6 +170,31 @@ def test_knn_brute_force_and_oracles():
     torch.testing.assert_close(
         functional.knn(near, F.normalize(bank.float(), dim=-1), k=1).double(), exact, rtol=1e-3, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("rows", [7, 64, 500, 10**6])
+@pytest.mark.parametrize("k", [1, 5, 120])
+def test_knn_reads_the_bank_in_parts(monkeypatch, rows, k):
+    """Parts of any size find the same neighbours, also where many entries are equal or groups are incomplete."""
+    monkeypatch.setattr(_nearest, "_ROWS", rows)
+    monkeypatch.setattr(_nearest, "_GROUP", 3)
+    monkeypatch.setattr(_nearest, "_PAIRS", 11)
+    bank = torch.cat([unit(777, 6, seed=1), unit(1, 6, seed=2).expand(222, -1), unit(13, 6, seed=3)])
+    queries = torch.cat([unit(270, 6), bank[777:779]])
+    expected = (queries[:, None] - bank).norm(dim=-1).kthvalue(k).values
+    torch.testing.assert_close(functional.knn(queries, bank, k=k), -expected, rtol=1e-10, atol=1e-12)
+
+
+def test_knn_of_a_memory_mapped_bank(tmp_path):
+    bank = F.normalize(unit(3000, 8, seed=1).float(), dim=1)
+    np.save(tmp_path / "bank.npy", bank.half().numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "bank.npy", mmap_mode="r+"))
+    queries = unit(20, 8).float()
+    expected = -torch.cdist(queries.double(), bank.half().double()).sort().values[:, 9]
+    torch.testing.assert_close(functional.knn(queries, mapped, k=10).double(), expected, rtol=1e-5, atol=1e-6)
+    mapped[2999, 3] = torch.nan
+    with pytest.raises(ValueError, match="bank holds NaN"):
+        functional.knn(queries, mapped, k=10)
 
 
 def test_gen_written_out_and_near_certainty():

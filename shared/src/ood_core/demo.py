@@ -1,4 +1,4 @@
-"""The demo: generated image folders, then the ordinary pipeline with every installed detector."""
+"""The demo: generated image folders, then the ordinary pipeline with every installed detector and their fusion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from ood_core.backbones.base import Backbone
 from ood_core.data import ImageFolder, scenes
 from ood_core.detectors import broken_detectors, create_detector, detector_class, list_detectors
+from ood_core.detectors.base import Detector
 from ood_core.evaluation import Evaluation, evaluate
+from ood_core.fusion import Fusion
 
 __all__ = ["run_demo", "write_folders"]
 
@@ -47,7 +49,7 @@ def write_folders(root: Path, *, size: int = 64, seed: int = 0) -> dict[str, Pat
 
 
 def run_demo(out: str | Path, *, backbone: Backbone, seed: int = 0, say: Callable[[str], None]) -> Evaluation:
-    """Write image folders below `out`, score them with all installed detectors, write results and report.
+    """Write image folders below `out`, score them with every installed detector and their fusion, report.
 
     Args:
         out: folder for data, results.json, scores.parquet and report.html.
@@ -64,14 +66,15 @@ def run_demo(out: str | Path, *, backbone: Backbone, seed: int = 0, say: Callabl
     train = ImageFolder(folders["id-train"])
     names = [name for name in list_detectors() if name not in broken_detectors()]
     usable = [name for name in names if _fits(name, backbone)]
-    say(f"Scoring with {', '.join(usable)} on backbone {backbone.spec!r}")
+    say(f"Scoring with {', '.join(usable)} and their fusion on backbone {backbone.spec!r}")
+    detectors: dict[str, Detector] = {
+        name: create_detector(
+            name, backbone=backbone, class_names=train.label_names, **detector_class(name).demo_options
+        )
+        for name in usable
+    }
     return evaluate(
-        {
-            name: create_detector(
-                name, backbone=backbone, class_names=train.label_names, **detector_class(name).demo_options
-            )
-            for name in usable
-        },
+        detectors | {"fusion": Fusion(detectors)},
         id=folders["id-test"],
         ood={name: folders[name] for name in SET_KINDS},
         fit=train,

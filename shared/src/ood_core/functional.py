@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ood_core import _check
+from ood_core._nearest import distance_to_kth
 from ood_core.ops import topk_patch_softmax
 
 __all__ = [
@@ -281,7 +282,8 @@ def knn(queries: Tensor, bank: Tensor, *, k: int = 50) -> Tensor:
 
     Args:
         queries: [N, d] unit norm.
-        bank: [K, d] unit norm.
+        bank: [K, d] unit norm; of any floating-point type, on any device, and read once in parts, so that it may be a
+            memory-mapped file.
         k: 1 to K.
 
     Returns:
@@ -297,16 +299,11 @@ def knn(queries: Tensor, bank: Tensor, *, k: int = 50) -> Tensor:
         >>> knn(torch.eye(2)[:1], torch.eye(2), k=1)
         tensor([-0.])
     """
-    queries, bank = _check.tensors(queries=(queries, "N d"), bank=(bank, "K d"))
+    # The bank itself is checked in parts: it may be a file of many gigabytes, seen through memory.
+    first = bank[:1].to(queries.device) if isinstance(bank, Tensor) and bank.dim() else bank
+    queries, _ = _check.tensors(queries=(queries, "N d"), bank=(first, "K d"))
     _check.integer("k", k, 1, len(bank), "entries in the bank")
-    return -torch.cat([_distance_to_kth(chunk, bank, k) for chunk in queries.split(256)])
-
-
-def _distance_to_kth(queries: Tensor, bank: Tensor, k: int) -> Tensor:
-    """Candidates by cosine, ranked again by the distance itself: 2 - 2 cos has no digits left for near neighbours."""
-    candidates = (queries @ bank.T).topk(min(k + 16, len(bank))).indices
-    distances = (queries[:, None] - bank[candidates]).norm(dim=-1)
-    return distances.kthvalue(k).values
+    return -distance_to_kth(queries, bank, k)
 
 
 def mahalanobis(queries: Tensor, means: Tensor, precision: Tensor) -> Tensor:
