@@ -30,10 +30,12 @@ from ood_core.protocols import find_protocol
 from ood_core.runs import kept_runs
 from ood_mofe.functional import wordnet_groups
 from ood_mofe.partition import imagenet_edges
+from ood_mofe.plot import draw_features
 from ood_mofe.runner import variants
 from tiny_imagenet_100 import fit_images, test_sets, with_far_mean
 
 RESULT = Path(__file__).parent / "results" / "mofe.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "mofe_features.png"
 MAIN: dict[str, dict[str, Any]] = {
     "naive fine-tuning": {"moe": False, "mixup": False},
     "MOS": {"moe": False, "mixup": False, "group_heads": True},
@@ -52,6 +54,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "no regulariser": {"moe": False, "reg": "none"},
     "regulariser on the normed token": {"moe": False, "reg_on": "post_norm"},
 }
+SHOWN = "MoFE + Dynamic-beta Mixup"  # in the picture
 FROZEN: dict[str, tuple[str, dict[str, Any]]] = {
     "knn": ("knn", {"k": 50}),
     "msp of a linear probe": ("linear_probe", {}),
@@ -128,6 +131,7 @@ def main() -> int:
     parser.add_argument("--which", nargs="+", default=["frozen", "main", "variations"])
     parser.add_argument("--only", nargs="+", help="of the rows")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--plot", type=Path, default=PICTURE, help="picture of the features")
     args = parser.parse_args()
     backbone = create_backbone(args.backbone, dtype="float32")
     work, sets = args.work.expanduser() / backbone.fingerprint[:12], Sets(backbone, args.packs)
@@ -155,10 +159,29 @@ def main() -> int:
             )
             runs.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
             _tell(label, runs[label][-1])
+            if label == SHOWN and seed == seeds[0] and args.plot:
+                plot(sets, fitted(folder, sets, backbone, chosen), args.plot)
     settings = common | {"experts": args.experts, "images": len(sets.fit)}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
     write_json(args.out, {"protocol": "tiny-imagenet-100", "runs": runs, "settings": settings, "environment": about})
     return 0
+
+
+def fitted(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> Any:
+    detector: Any = create_detector("mofe", backbone=backbone, class_names=sets.fit.label_names, **options)
+    return detector.fit(sets.fit, checkpoint=folder / "checkpoint.safetensors", progress=False)
+
+
+def plot(sets: Sets, detector: Any, path: Path) -> None:
+    """Features before and after of some sets, 500 images of each at most."""
+    rows = {
+        name: torch.randperm(len(sets.kept[name][0]), generator=torch.Generator().manual_seed(0))[:500]
+        for name in ("id", "near", "textures", "flowers", "mnist", "histology")
+    }
+    before = {name: found.image for name, found in sets.of_backbone().items()}
+    after = {name: F.normalize(found.extra["token"], dim=1) for name, found in sets.of_experts(detector).items()}
+    panels = {"frozen backbone": before, SHOWN: after}
+    draw_features({title: {name: of[name][at] for name, at in rows.items()} for title, of in panels.items()}, path)
 
 
 def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +189,7 @@ def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) 
 
     def make() -> list[dict[str, Any]]:
         started = time.perf_counter()
-        detector: Any = create_detector("mofe", backbone=backbone, class_names=sets.fit.label_names, **options)
-        detector.fit(sets.fit, checkpoint=folder / "checkpoint.safetensors", progress=False)
+        detector = fitted(folder, sets, backbone, options)
         minutes = (time.perf_counter() - started) / 60
         scores = judge(variants(detector), sets.of_experts(detector))
         return [{"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history}]

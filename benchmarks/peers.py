@@ -68,7 +68,7 @@ def logit_scores(images: int, classes: int) -> tuple[Jobs, Jobs]:
 
 
 def metrics(images: int) -> Jobs:
-    """AUROC, FPR95 and both AUPRs of as many ID as OOD scores. Only the first two are compared: AUPR has two meanings."""
+    """AUROC, FPR95 and both AUPRs of as many ID as OOD scores; AUPR has two definitions and is not compared."""
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(1, 1, images // 2), rng.normal(0, 1, images // 2)
     both = np.concatenate([inside, outside])

@@ -1,16 +1,20 @@
 """The commands from fit to reproduce, on miniature image folders, in one process."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from ood_core.data import scenes
+from ood_iim import commands
 from ood_iim.cli import main
 from ood_iim.commands import _published
+from ood_iim.plot import draw_local_map
 from ood_iim.studies import STUDIES
 from PIL import Image
 
+KINDS = ("positive", "negative")
 QUICK = ["--dtype", "float32", "--param", "epochs=1", "--param", "negative_prompts=2"]
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
 
@@ -172,6 +176,26 @@ def test_studies_run_to_the_printed_table(study, imagenet, tmp_path, capsys, mon
     assert main(arguments) == 0
     assert "FPR95 / AUROC" in capsys.readouterr().out
     assert len(list(tmp_path.rglob("trial.json"))) == len(small)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_mined_patches_are_drawn_once_each(suffix, tmp_path):
+    """An SVG names every point."""
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    rows = [{"x": float(i), "y": float(i % 7), "class": f"c{i % 11}", "kind": KINDS[i % 2]} for i in range(60)]
+    draw_local_map(rows, tmp_path / f"map.{suffix}")
+    if suffix == "png":
+        with Image.open(tmp_path / "map.png") as picture:
+            assert len(picture.convert("RGB").getcolors(2**24)) > 9
+    else:
+        assert (tmp_path / "map.svg").read_text().count("<use ") >= 60
+
+
+def test_without_matplotlib_the_map_is_kept_as_numbers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    commands._keep_local_map([{"x": 0.0, "y": 1.0, "class": "a", "kind": "positive"}], tmp_path)
+    assert "pip install 'ood-iim[plot]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["local_map.json"]
 
 
 def test_table_2_stands_beside_the_study_of_the_losses():

@@ -171,7 +171,6 @@ def reproduce(args: argparse.Namespace) -> None:
 
 def _beyond_scores(args: argparse.Namespace, sets: Any, backbone: Any, name: str) -> list[dict[str, Any]]:
     """What a study shows besides the table of scores, on the first seed: test k, alpha, or prototypes."""
-    from ood_core._files import write_json
     from ood_core.data import FewShot
     from ood_core.features import extract
 
@@ -185,8 +184,7 @@ def _beyond_scores(args: argparse.Namespace, sets: Any, backbone: Any, name: str
     detector = IIM.from_pretrained(folder / "detector", backbone=backbone)
     if args.study == "prototypes":
         few = extract(backbone, FewShot(sets.train, min(args.shots), args.seeds[0]), detector.needs, **options)
-        write_json(folder / "local_map.json", local_map(detector, few))
-        message(f"Patches in two dimensions: {folder / 'local_map.json'}")
+        _keep_local_map(local_map(detector, few), folder)
         return [prototypes(detector)]
     if args.study == "weights":
         alphas = [0.0, 0.5, 1.0, 1.5] if name.endswith("C_n=300") else [1.0]
@@ -194,6 +192,21 @@ def _beyond_scores(args: argparse.Namespace, sets: Any, backbone: Any, name: str
     else:
         rows = sweep(detector, id=sets.test, ood=sets.ood, alphas=[1.0], **options)
     return [{key: row[key] for key in ("k", "alpha", "auroc", "fpr95")} for row in rows if row["negatives"] == "use"]
+
+
+def _keep_local_map(rows: list[dict[str, Any]], folder: Path) -> None:
+    """The patches as numbers, and as a picture where matplotlib is installed."""
+    from ood_core._files import write_json
+
+    from ood_iim.plot import draw_local_map
+
+    write_json(folder / "local_map.json", rows)
+    message(f"Patches in two dimensions: {folder / 'local_map.json'}")
+    try:
+        draw_local_map(rows, folder / "local_map.png")
+        message(f"Picture: {folder / 'local_map.png'}")
+    except UsageError as error:
+        message(str(error))
 
 
 def _own_k(detector: IIM, backbone: Any) -> int:

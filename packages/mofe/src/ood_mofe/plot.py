@@ -1,16 +1,16 @@
-"""The picture of a partition: the classes in two dimensions, coloured by group."""
+"""Pictures in two dimensions: classes coloured by group, and features of known and unknown images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from ood_core._panels import COLORS
+from ood_core._panels import COLORS, OTHER
 from ood_core._plots import new_figure, save_figure
 from torch import Tensor
 
-__all__ = ["draw", "principal_plane"]
+__all__ = ["draw", "draw_features", "principal_plane"]
 
 _MARKERS = "os^Dv*"
 _MOST_NAMED = 60
@@ -67,4 +67,33 @@ def draw(prototypes: Tensor, group: Tensor, class_names: Sequence[str], path: st
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(0.12)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_features(features: Mapping[str, Mapping[str, Tensor]], path: str | Path) -> None:
+    """Draw features of known and unknown images, a panel for each kind of features.
+
+    The known images' principal plane is the plane of a panel: what leaves them in other directions falls on its middle.
+
+    Args:
+        features: title of a panel -> set -> [N, D]; the set "id" holds the known images, whose dots are grey. All
+            panels have the same sets.
+        path: file to write, .png, .pdf or .svg.
+
+    Raises:
+        UsageError: matplotlib is not installed, or another kind of file.
+    """
+    figure = new_figure(path, "ood-mofe", figsize=(5.4 * len(features) + 1.6, 5.0))
+    axes = figure.subplots(1, len(features), squeeze=False)[0]
+    for axis, (title, sets) in zip(axes, features.items(), strict=True):
+        known = sets["id"].double()
+        _, _, directions = torch.linalg.svd(known - known.mean(0), full_matrices=False)
+        unknown = [name for name in sets if name != "id"]
+        colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(unknown)}
+        for name in ("id", *colors):
+            x, y = ((sets[name].double() - known.mean(0)) @ directions[:2].T).T.tolist()
+            axis.scatter(x, y, s=5, color=colors.get(name, OTHER), label=name)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, markerscale=3)
     save_figure(figure, path)
