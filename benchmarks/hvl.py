@@ -148,7 +148,7 @@ def main() -> int:
             for name, row in results[layout.name].items():
                 print(f"{layout.name} {name}: AUROC {row['auroc']['mean']:.3f}", flush=True)
     if "parts" in args.which:
-        results["parts"] = {one.name: study("parts", one, backbone, args, args.seeds, None) for one in layouts}
+        results["parts"] = {"ham-4": study("parts", layouts[0], backbone, args, args.seeds[:1], None)}
     if "k" in args.which:
         results["k"] = {"ham-4": study("k", layouts[0], backbone, args, args.seeds[:1], None)}
     if "n" in args.which:

@@ -153,6 +153,7 @@ def main() -> int:
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="of the fine-tuning")
     parser.add_argument("--which", nargs="+", default=["main", "finetune", "variations"])
+    parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=list(VARIATIONS), metavar="LABEL")
     parser.add_argument("--resume", action="store_true", help="add to the runs in --out")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
@@ -165,7 +166,10 @@ def main() -> int:
     runs["vanilla"] = _kept(work / "vanilla", lambda _: {"scores": judge(backbone, sets, names, every)})
     energy = minor_energy(backbone)
     main_runs = settings(args.shots, ["main"])
+    left_out = {f"variation: {label}" for label in VARIATIONS if label not in args.variations}
     for label, (shots, make) in settings(args.shots, args.which, args.seeds).items():
+        if label in left_out:
+            continue
         train = FewShot(fit, shots, seed=1)
 
         def run(folder: Path, label: str = label, make: Make = make, train: ImageSource = train) -> dict[str, Any]:

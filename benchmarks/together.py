@@ -27,8 +27,6 @@ from ood_core.evaluation import environment, fit_detectors
 from ood_core.protocols import Protocol, find_protocol
 
 RESULT = Path(__file__).parent / "results" / "together.json"
-# HVL is made for this one, and its images are few: all scales, as its paper has them.
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {"ham-4": {"hvl": {}}}
 PAPERS = ("iim", "setar", "hvl", "mofe")
 
 
@@ -38,8 +36,8 @@ def fitted(protocol: Protocol, backbone: Backbone, work: Path) -> dict[str, Dete
     for name in list_detectors():
         folder = work / protocol.name / "detectors" / name
         if not folder.exists():
-            options = OPTIONS.get(protocol.name, {}).get(name, detector_class(name).demo_options)
-            detector = create_detector(name, backbone=backbone, class_names=protocol.class_names, **options)
+            options = {"class_names": protocol.class_names, **detector_class(name).demo_options}
+            detector = create_detector(name, backbone=backbone, **options)
             fit_detectors({name: detector}, protocol.train, cache=work / "features", progress=False)
             detector.save_pretrained(folder)
             print(f"{protocol.name}: {name} is fitted", flush=True)

@@ -20,15 +20,6 @@ CLASSES = sorted(scenes.ID_CLASSES[:3])
 BRIEF = {"epochs": 2, "negative_prompts": 3, "batch_size": 6, "seed": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The sums of several threads differ in the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")

@@ -647,6 +647,19 @@ def test_model_without_class_token_pools_then_norms():
     torch.testing.assert_close(backbone.encode_logits(x), model(x))
 
 
+def test_prefix_ends_below_as_many_blocks_as_asked():
+    model = vit()
+    backbone = timm_backbone(model)
+    x = pixels(backbone)
+    depth = len(model.blocks)
+    for blocks in range(1, depth + 1):
+        expected = model.blocks[depth - blocks :](backbone.prefix(x, blocks))
+        torch.testing.assert_close(model.norm(expected), model.forward_features(x))
+    for blocks in (0, depth + 1):
+        with pytest.raises(ValueError, match=rf"blocks={blocks} is outside \[1, {depth}\]"):
+            backbone.prefix(x, blocks)
+
+
 def test_prefix_tokens_are_no_patches():
     model = vit(reg_tokens=3)
     backbone = timm_backbone(model)

@@ -205,6 +205,20 @@ def test_wrong_use_is_explained(small_backbone, features, image_folder, tmp_path
         Detector.from_pretrained(tmp_path)
 
 
+def test_features_are_refused_for_what_they_hold_and_not_for_their_sum(clustered):
+    train = clustered()
+    large = replace(train, image=(6e4 * train.image).half())  # their sum is beyond half precision
+    assert large.image.sum().isinf()
+    scores = create_detector("knn").fit(large).score_features(large)
+    written = -torch.cdist(large.image.double(), large.image.double()).sort(dim=1).values[:, 39]
+    torch.testing.assert_close(scores, written.float(), rtol=1e-5, atol=0)
+    large.image[[4, 7], 3] = torch.tensor([float("nan"), -float("inf")]).half()
+    with pytest.raises(
+        DataError, match=r"'image' holds NaN or infinite values for 2 of 120 images, the first 'id-0-004'"
+    ):
+        create_detector("knn").fit(large)
+
+
 def test_labels_are_matched_by_name_in_any_order(clustered):
     train = clustered()
     there = create_detector("mahalanobis", class_names=["c", "a", "b"]).fit(train)

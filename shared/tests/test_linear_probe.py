@@ -123,7 +123,7 @@ def test_sets_that_cannot_be_learned_from(clustered):
         probe.fit(part[part.labels == 1])
     with pytest.raises(DataError, match="All 120 training features are the same"):
         probe.fit(replace(part, image=torch.ones(120, 10)))
-    with pytest.raises(DataError, match="2 of 120 training features are NaN"):
+    with pytest.raises(DataError, match="NaN or infinite values for 2 of 120 images"):
         probe.fit(replace(part, image=part.image.clone().index_fill_(0, torch.tensor([3, 9]), float("nan"))))
     with pytest.raises(DataError, match="no labels"):
         probe.fit(replace(part, labels=None))

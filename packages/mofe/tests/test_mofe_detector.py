@@ -209,8 +209,9 @@ def test_an_expert_without_a_bank_gives_the_lowest_score(fitted, features, caplo
     assert (scores[expert == lonely] == -2).all()
     others = expert != lonely
     torch.testing.assert_close(scores[others], fitted.score_features(features)[others])
+    detector.set_params(scorer="energy")
     with caplog.at_level(logging.WARNING):
-        detector.set_params(k=4)
+        detector.set_params(scorer="knn")
     first = NAMES[fitted.group.tolist().index(lonely)]
     assert any(f"expert {lonely} ({first}" in m and "holds 0 images" in m and "-2" in m for m in caplog.messages)
 
@@ -225,6 +226,11 @@ def test_a_small_bank_is_named_and_uses_what_it_has(fitted, caplog):
     changed(fitted, k=2)
     changed(fitted, k=1000, scorer="energy")
     assert not caplog.messages
+    detector = changed(fitted, k=1000, bank="global")
+    assert len(caplog.messages) == 1
+    detector.set_params(k=2000)
+    detector.set_params(head="global")
+    assert len(caplog.messages) == 1  # said before
 
 
 def test_scores_on_logits_are_those_of_the_global_head(fitted, features):
@@ -292,7 +298,17 @@ def test_naive_fine_tuning(backbone, source):
     assert torch.equal(scores, changed(detector, scorer="knn", bank="global").score_features(found))
 
 
-@pytest.mark.parametrize("options", [{"gate": "renorm", "top_k": 2}, {"tokens": "all"}, {"router_norm": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "renorm", "top_k": 2},
+        {"tokens": "all"},
+        {"router_norm": "none"},
+        {"router_reads": "patches"},
+        {"expert_layers": 2},
+        {"unfreeze_blocks": 1},
+    ],
+)
 def test_switches_of_the_network_stay_with_the_detector(backbone, source, tmp_path, options):
     detector = made(backbone, **options).fit(source)
     plain = made(backbone).fit(source)
@@ -303,6 +319,16 @@ def test_switches_of_the_network_stay_with_the_detector(backbone, source, tmp_pa
     torch.testing.assert_close(loaded.score(images), detector.score(images))
     if options == {"tokens": "all"}:
         torch.testing.assert_close(detector.score(images), plain.score(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_layers": 2}, {"unfreeze_blocks": 1}])
+def test_before_any_step_features_are_the_backbones_own(backbone, source, monkeypatch, options):
+    monkeypatch.setattr("ood_mofe.detectors.train_network", lambda *_, **__: [])
+    detector = made(backbone, **options).fit(source)
+    images = photos(9, seed=5)
+    token = extract(detector.backbone, images, detector.needs).extra["token"]
+    expected = extract(backbone, images, {"image"}).image
+    torch.testing.assert_close(F.normalize(token, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- CLIPN's texts
@@ -346,6 +372,88 @@ def test_agreeing_to_differ_with_texts_from_a_file(clip_fitted, tmp_path):
     without = changed(loaded, texts=None).score_features(features)
     torch.testing.assert_close(without, changed(detector, scorer="others").score_features(features))
     assert "yes" not in detector.state
+
+
+# ---- texts as heads
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return create_backbone("tiny")
+
+
+def rendered(count, seed):
+    names = scenes.ID_CLASSES[:4]
+    found = scenes.render(names, count, size=64, seed=seed)
+    return PILImages([Image.fromarray(i) for i in found.images], found.labels, label_names=names)
+
+
+TEXT = {"classifier": "text", "experts": 2, "epochs": 1, "batch_size": 16, "k": 1, "learning_rate": 1e-4}
+
+
+def test_without_a_step_texts_predict_what_zero_shot_classification_does(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr("ood_mofe.detectors.train_network", lambda *_, **__: [])
+    detector = made(tiny, **TEXT).fit(rendered(3, seed=0))
+    images = rendered(5, seed=1)
+    features = extract(detector.backbone, images, detector.needs | {"image"})
+    mcm = create_detector("mcm", backbone=tiny, class_names=detector.class_names)
+    assert torch.equal(detector.predict(features), mcm.predict(extract(tiny, images, {"image"})))
+    texts = tiny.encode_text([f"a photo of a {name}" for name in detector.class_names])
+    logits = 100 * features.image @ texts.T
+    torch.testing.assert_close(
+        changed(detector, scorer="max_logit").score_features(features), logits.amax(1), rtol=1e-4, atol=1e-3
+    )
+    expert = features.extra["router"].argmax(1)
+    within = changed(detector, head="expert").predict(features)
+    assert torch.equal(detector.group[within], expert)
+    others = changed(detector, scorer="others").score_features(features)
+    for image, e in enumerate(expert.tolist()):
+        own = detector.group == e
+        against = -100 * features.image[image] @ texts[own].mean(0)
+        chances = torch.cat([logits[image, own], against[None]]).softmax(0)
+        assert others[image].item() == pytest.approx(1 - chances[-1].item(), abs=1e-4)
+    detector.save_pretrained(tmp_path)
+    loaded = Detector.from_pretrained(tmp_path, backbone=tiny)
+    assert torch.equal(loaded.score(images), detector.score(images))
+    assert torch.equal(loaded.predict(features), detector.predict(features))
+
+
+def test_training_leaves_the_texts_as_they_are(tiny):
+    detector = made(tiny, **TEXT, mixup=False).fit(rendered(3, seed=0))
+    texts = tiny.encode_text([f"a photo of a {name}" for name in detector.class_names])
+    for head in ("heads", "global_head"):
+        torch.testing.assert_close(detector.state[f"model.readout.{head}.weight"], texts, rtol=0, atol=1e-6)
+    start = torch.stack([-texts[detector.group == g].mean(0) for g in range(2)])
+    moved = (detector.state["model.readout.heads.others_weight"] - start).abs().max()
+    assert 1e-4 < moved < 1
+    assert "experts" in detector.history[0]
+
+
+def test_clipns_texts_take_the_place_of_the_class_names(tiny, tmp_path):
+    yes, _ = write_texts(tmp_path / "clipn.npz", classes=4)
+    options = TEXT | {"texts": tmp_path / "clipn.npz", "mixup": False}
+    file = tmp_path / "checkpoint.safetensors"
+    detector = made(tiny, **options).fit(rendered(3, seed=0), checkpoint=file)
+    expected = F.normalize(torch.from_numpy(yes), dim=1)
+    torch.testing.assert_close(detector.state["model.readout.heads.weight"], expected)
+    write_texts(tmp_path / "clipn.npz", classes=4, yes=-yes)
+    with pytest.raises(UsageError, match=r"other settings \(texts\)"):
+        made(tiny, **options).fit(rendered(3, seed=0), checkpoint=file)
+    detector.set_params(texts=None)  # what it was trained with
+    assert not detector.fitted
+
+
+def test_ids_of_imagenet_are_read_as_words(tiny):
+    detector = made(tiny, **TEXT, class_names=["n01440764", "n02099601", "ant"])
+    texts = tiny.encode_text(["a photo of a tench", "a photo of a Golden Retriever", "a photo of a ant"])
+    torch.testing.assert_close(detector._class_rows(tiny), texts)
+
+
+def test_texts_as_heads_need_a_text_tower(backbone, fitted):
+    with pytest.raises(UsageError, match="has no 'text'"):
+        made(backbone, classifier="text")
+    with pytest.raises(UsageError, match="has no 'text'"):
+        changed(fitted, classifier="text")
 
 
 @pytest.mark.parametrize(
@@ -449,6 +557,17 @@ def test_a_checkpoint_of_other_options_is_refused(backbone, source, tmp_path):
         made(backbone, reg_weight=0.2).fit(source, checkpoint=file)
 
 
+def test_a_checkpoint_of_other_groups_is_refused_though_their_file_has_the_same_name(backbone, source, tmp_path):
+    groups, file = tmp_path / "groups.csv", tmp_path / "checkpoint.safetensors"
+    groups.write_text("".join(f"{name},{number % 3}\n" for number, name in enumerate(NAMES)))
+    made(backbone, groups=groups).fit(source, checkpoint=file)
+    groups.write_text("class,group\n" + groups.read_text())  # says the same
+    made(backbone, groups=groups).fit(source, checkpoint=file)
+    groups.write_text("".join(f"{name},{number // 2}\n" for number, name in enumerate(NAMES)))
+    with pytest.raises(UsageError, match=r"other settings \(groups\)"):
+        made(backbone, groups=groups).fit(source, checkpoint=file)
+
+
 # ---- groups
 
 
@@ -539,15 +658,26 @@ class TestBadInput:
             ({"moe": False, "scorer": "others"}, "scorer='mos'"),
             ({"moe": False, "scorer": "mos"}, "group_heads=True"),
             ({"scorer": "ctw"}, "texts="),
+            ({"top_k": 2}, "gate='renorm'"),
+            ({"classifier": "texts"}, "classifier='texts'"),
+            ({"router_reads": "all"}, "router_reads='all'"),
+            ({"router_norm": "batch"}, "router_norm='batch'"),
+            ({"gate": "soft"}, "gate='soft'"),
+            ({"tokens": "some"}, "tokens='some'"),
+            ({"expert_layers": 0}, "expert_layers=0"),
+            ({"unfreeze_blocks": -1}, "unfreeze_blocks=-1"),
         ],
     )
     def test_options(self, options, words):
         with pytest.raises(ValueError, match=words):
             MoFE(**(QUICK | options))
 
-    def test_more_experts_per_image_than_a_gate_can_weight(self, backbone, source):
-        with pytest.raises(UsageError, match="gate='renorm'"):
-            made(backbone, top_k=2).fit(source)
+    @pytest.mark.parametrize("options", [{"expert_layers": 3}, {"unfreeze_blocks": 2}])
+    def test_more_blocks_than_there_are(self, backbone, fitted, options):
+        with pytest.raises(UsageError, match="are 3 blocks, and 'small-vit' has 2: pass fewer"):
+            made(backbone, **options)
+        with pytest.raises(UsageError, match="are 3 blocks"):
+            changed(fitted, **options)
 
     def test_a_backbone_without_a_class_token(self):
         with pytest.raises(UsageError, match="class token"):

@@ -247,6 +247,11 @@ def test_without_training_images_distances_are_drawn(detector, image):
             assert panel(picture, 2, x, top - 2) == (255, 255, 255)
 
 
+def test_reports_show_the_picture_where_the_score_is_a_distance(detector, image):
+    assert detector.explain_image(image).tobytes() == explain(detector, image).render().tobytes()
+    assert detector.set_params(scorer="energy").explain_image(image) is None
+
+
 def test_mistakes(backbone, image):
     with pytest.raises(UsageError, match="got 'knn'"):
         explain(create_detector("knn", backbone=backbone), image)

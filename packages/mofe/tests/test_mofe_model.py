@@ -12,7 +12,7 @@ from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError
-from ood_mofe.model import GroupHeads, MoFENetwork, Readout
+from ood_mofe.model import GroupHeads, MoFENetwork, Readout, TextGroupHeads, TextHead
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from timm.layers import RmsNorm
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -40,8 +40,8 @@ def randomized(model, seed=0):
 
 
 def vit(**options):
-    options = {"num_classes": 0, "init_values": 1.0} | options
-    model = VisionTransformer(SIDE, 8, embed_dim=24, depth=2, num_heads=2, **options)
+    options = {"num_classes": 0, "init_values": 1.0, "depth": 2} | options
+    model = VisionTransformer(SIDE, 8, embed_dim=24, num_heads=2, **options)
     return TimmBackbone(randomized(model), TRANSFORM, spec="small-vit")
 
 
@@ -124,6 +124,65 @@ def test_at_first_the_class_token_is_the_backbones_own(make, options):
         torch.testing.assert_close(behind, full, **exact)
 
 
+DEEPER = {
+    "two layers of experts": {"expert_layers": 2},
+    "a block below": {"unfreeze_blocks": 1},
+    "two layers, top-2, all tokens": {"expert_layers": 2, "gate": "renorm", "top_k": 2, "tokens": "all"},
+}
+
+
+@backbones
+@pytest.mark.parametrize("options", DEEPER.values(), ids=DEEPER)
+def test_however_many_blocks_are_trained_at_first_they_are_the_backbones_own(make, options):
+    backbone = make()
+    network = network_of(backbone, changed=False, **options)
+    tokens = backbone.prefix(pixels(backbone).to(backbone.dtype), network.blocks)
+    assert (tokens - tokens_of(backbone)).abs().max() > 0.1  # a block less
+    z = network.enter(tokens)
+    behind = network.class_token(z, torch.tensor([2, 1, 0, 1, 2]), network.router_logits(z))
+    full = backbone.last_block(tokens_of(backbone))[:, 0]
+    torch.testing.assert_close(behind, full, **({"rtol": 1e-4, "atol": 1e-4} if make is BACKBONES["tiny"] else exact))
+
+
+def test_an_image_goes_through_the_blocks_below_and_then_one_expert_of_every_layer():
+    backbone = vit(depth=4)
+    network = network_of(backbone, expert_layers=2, unfreeze_blocks=1)
+    images = pixels(backbone).double()
+    x = backbone.prefix(images, 3)
+    torch.testing.assert_close(x, backbone.model.blocks[0](backbone.embed(images)), **exact)
+    z = network.enter(x)
+    torch.testing.assert_close(z, network.unfrozen[0].block(0, x), **exact)
+    assert (z - backbone.prefix(images, 2)).abs().max() > 0.1  # it has other weights by now
+    normed = torch.nn.functional.layer_norm(z[:, 0], (24,), eps=1e-6)
+    torch.testing.assert_close(network.router_logits(z), normed @ network.router, **exact)
+    found = network.features(x)
+    found["token"].square().sum().backward()
+    chosen = (normed @ network.router).argmax(1)
+    for image, e in enumerate(chosen.tolist()):
+        behind = network.experts.block(e, network.lower[0].block(e, z[image : image + 1]))[0, 0]
+        torch.testing.assert_close(found["token"][image], network.norm(behind).float(), rtol=1e-5, atol=1e-5)
+    for layer in (network.lower[0], network.experts):
+        used = [e for e in range(3) if layer.qkv_weight.grad[e].any()]
+        assert used == sorted(set(chosen.tolist()))
+    assert network.unfrozen[0].down_weight.grad.any()
+    assert (network.expert_layers, network.unfreeze_blocks, network.blocks) == (2, 1, 3)
+
+
+def test_an_expert_of_two_layers_is_weighted_as_a_whole():
+    backbone = vit(depth=3)
+    network = network_of(backbone, expert_layers=2, gate="prob", top_k=2)
+    z = backbone.prefix(pixels(backbone).double(), 2)
+    logits = network.router_logits(z)
+    probability, best = logits.softmax(1).topk(2)
+    ours = network.class_token(z, best[:, 0], logits)
+    for image in range(5):
+        expected = z[image, 0].clone()
+        for weight, e in zip(probability[image], best[image].tolist(), strict=True):
+            behind = network.experts.block(e, network.lower[0].block(e, z[image : image + 1]))[0, 0]
+            expected += weight * (behind - z[image, 0])
+        torch.testing.assert_close(ours[image], expected, **exact)
+
+
 @backbones
 def test_the_folded_class_token_is_that_of_all_tokens_with_gradients(make):
     backbone = make()
@@ -156,6 +215,14 @@ def test_the_router_reads_the_normalised_class_token():
     assert not found["router"].any()
     first = network.class_token(tokens, torch.zeros(5).long(), network.router_logits(tokens))
     torch.testing.assert_close(found["token"], network.norm(first).float(), rtol=0, atol=0)  # a tie is the lowest's
+
+
+def test_the_router_may_read_the_mean_of_the_patches():
+    backbone = vit(reg_tokens=2)
+    tokens = tokens_of(backbone)
+    assert tokens.shape[1] == 1 + 2 + 4
+    network = network_of(backbone, router_reads="patches", router_norm="none")
+    torch.testing.assert_close(network.router_logits(tokens), tokens[:, 3:].mean(1) @ network.router, **exact)
 
 
 class TestGates:
@@ -322,6 +389,40 @@ def test_a_readout_comes_back_from_its_state():
     assert alone.heads is None
 
 
+def test_texts_as_heads():
+    generator = torch.Generator().manual_seed(0)
+    texts, projection, token = (torch.randn(n, 12, generator=generator).double() for n in (5, 24, 24))
+    texts, token = texts / texts.norm(dim=1, keepdim=True), token.T[:6]
+    image = token @ projection
+    cosines = torch.nn.functional.cosine_similarity(image[:, None], texts[None], dim=2)
+    head = TextHead(texts, projection)
+    torch.testing.assert_close(head(token), 100 * cosines, **exact)
+    heads = TextGroupHeads(GROUP, texts, projection)
+    assert [name for name, _ in heads.named_parameters()] == ["others_weight"]
+    assert not list(head.parameters())
+    image = image / image.norm(dim=1, keepdim=True)
+    for group, logits in enumerate(heads.by_group(token)):
+        torch.testing.assert_close(logits[:, :-1], 100 * cosines[:, group == GROUP], **exact)
+        torch.testing.assert_close(logits[:, -1], -100 * image @ texts[group == GROUP].mean(0), **exact)
+    with torch.no_grad():
+        heads.others_weight += 0.1
+    twin = Readout.from_state(Readout(heads, head).state_dict())
+    expert = torch.tensor([0, 1, 2, 0, 1, 2])
+    torch.testing.assert_close(twin.heads(token, expert), heads(token, expert), **exact)
+    torch.testing.assert_close(twin.class_logits(token, expert, "global"), head(token), **exact)
+
+
+@pytest.mark.parametrize("make", [clip, lambda: hf("clip")], ids=["open_clip", "transformers"])
+def test_at_first_the_texts_say_of_an_image_what_zero_shot_classification_says(make):
+    backbone = make()
+    texts = torch.nn.functional.normalize(torch.randn(5, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    network = MoFENetwork.from_backbone(backbone, GROUP, experts=3, texts=texts, global_head=False)
+    token = network.features(tokens_of(backbone))["token"].double()
+    expected = 100 * backbone.encode_image(pixels(backbone)).double() @ texts.double().T
+    torch.testing.assert_close(network.readout.class_logits(token, None, "global"), expected, rtol=1e-5, atol=1e-4)
+    assert {name for name, _ in network.named_parameters() if "readout" in name} == {"readout.heads.others_weight"}
+
+
 # ---- bad input
 
 
@@ -362,6 +463,8 @@ class TestBadInput:
             ({"top_k": 2}, "gate='renorm'"),
             ({"top_k": 4, "gate": "prob"}, r"top_k=4 is outside \[1, 3\]"),
             ({"experts": 2}, "2 experts for 3 groups"),
+            ({"router_reads": "all"}, "'all'"),
+            ({"expert_layers": 2, "unfreeze_blocks": 1}, "are 3 blocks, and 'small-vit' has 2: pass fewer"),
         ],
     )
     def test_options(self, options, words):

@@ -54,7 +54,7 @@ def test_public_names_are_found_and_others_are_not():
         _ = ood_mofe.nonsense
 
 
-@pytest.mark.parametrize("name", ["functional", "groups", "model", "plot", "training"])
+@pytest.mark.parametrize("name", ["functional", "groups", "model", "partition", "plot", "training"])
 def test_examples_of_the_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"ood_mofe.{name}"), verbose=False)
     assert result.attempted

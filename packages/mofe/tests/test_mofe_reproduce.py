@@ -13,6 +13,7 @@ from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import MissingDataError, UsageError
 from ood_core.metrics import auroc
 from ood_core.protocols import find_protocol
+from ood_core.scores import ScoreTable
 from ood_mofe import reproduce as paper
 from ood_mofe.cli import main
 from ood_mofe.detectors import MoFE
@@ -49,9 +50,13 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone():
-    torch.manual_seed(0)
-    model = VisionTransformer(16, 8, embed_dim=16, depth=2, num_heads=2, num_classes=0, init_values=1.0)
-    return TimmBackbone(model.eval(), ImageTransform(crop=(16, 16), resize=16), spec="small/vit")
+    return small("small/vit")
+
+
+def small(spec):
+    torch.manual_seed(len(spec))
+    model = VisionTransformer(16, 8, embed_dim=16, depth=3, num_heads=2, num_classes=0, init_values=1.0)
+    return TimmBackbone(model.eval(), ImageTransform(crop=(16, 16), resize=16), spec=spec)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,8 @@ def test_runs_are_those_of_the_detector(bench, protocol, backbone):
     assert runs["knn"]["last_epoch"].keys() >= {"experts", "routing", "token_norm"}
     (folder,) = (bench.out / "imagenet-1k").iterdir()
     assert [path.name for path in folder.iterdir()] == ["mofe,mixup=False"]
-    assert [path.name for path in (folder / "mofe,mixup=False").iterdir()] == ["seed-1.json"]
+    files = {path.name for path in (folder / "mofe,mixup=False").iterdir()}
+    assert files == {"seed-1.json", "seed-1.parquet"}  # no checkpoint
 
 
 def test_groups_come_from_wordnet_for_classes_with_ids(bench, protocol, backbone):
@@ -246,9 +252,11 @@ def test_rows_switch_what_they_say():
     assert options(TABLES[1])["MOS"].group_heads
     assert all(TABLES[number]["baseline"] == Setting("knn", "knn") for number in (3, 4, 5, 6))
     router = options(STUDIES["router"])
-    assert [(m.router_norm, m.gate, m.top_k) for m in router.values()] == [
-        ("layer_norm", "none", 1), ("none", "none", 1), ("layer_norm", "prob", 1), ("layer_norm", "renorm", 2),
+    assert [(m.router_norm, m.router_reads, m.gate, m.top_k) for m in router.values()] == [
+        ("layer_norm", "class", "none", 1), ("none", "class", "none", 1), ("layer_norm", "patches", "none", 1),
+        ("layer_norm", "class", "prob", 1), ("layer_norm", "class", "renorm", 2),
     ]  # fmt: skip
+    assert [made.expert_layers for made in options(STUDIES["layers"]).values()] == [1, 2, 3]
     reg = options(STUDIES["reg_on"])
     assert [(m.reg, m.reg_on) for m in list(reg.values())[:3]] == [
         ("l2", "pre_norm"),
@@ -263,7 +271,7 @@ def test_rows_switch_what_they_say():
 
 @pytest.fixture
 def run(root, backbone, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paper, "load_backbone", lambda args: backbone)
+    monkeypatch.setattr(paper, "load_backbone", lambda args, spec: small(spec) if args.backbones else backbone)
     given = [part for name, value in QUICK.items() for part in ("--param", f"{name}={json.dumps(value)}")]
 
     def command(*arguments, experts=3):
@@ -304,7 +312,10 @@ def test_gains_are_over_the_baseline(run):
     assert published.split()[-1] == "12.26"
 
 
-@pytest.mark.parametrize(("study", "column"), [("k", "accuracy"), ("reg_on", "norm"), ("scores", "accuracy")])
+@pytest.mark.parametrize(
+    ("study", "column"),
+    [("k", "accuracy"), ("reg_on", "norm"), ("scores", "accuracy"), ("layers", "accuracy"), ("router", "accuracy")],
+)
 def test_studies(run, study, column):
     printed = run("--study", study, "--seeds", 0)
     header, *rows = printed.out.splitlines()
@@ -318,6 +329,52 @@ def test_studies(run, study, column):
         assert names == list(STUDIES[study])
     if study == "reg_on":
         assert all(float(row.split()[-1]) > 0 for row in rows)
+
+
+def test_every_backbone_has_its_best_score(run, tmp_path):
+    printed = run("--study", "pilot", "--backbones", "one", "other", "--json")
+    found = json.loads(printed.out)
+    assert "chosen on the OOD sets" in printed.err
+    assert (found["backbone"], found["study"], found["table"]) == (["one", "other"], "pilot", None)
+    assert [row["backbone"] for row in found["results"].values()] == ["one", "other"]
+    for label, row in found["results"].items():
+        folder = tmp_path / "imagenet-1k" / row["backbone"]
+        runs = [
+            run
+            for name in ("knn", "linear_probe")
+            for run in json.loads((folder / name / "all.json").read_text())["runs"]
+        ]
+        assert len(runs) == len(row["scores"]) == 4
+        assert row["average"]["auroc"]["mean"] == max(run["average"]["auroc"] for run in runs)
+        assert label == f"{row['backbone']}: {row['score']}"
+        assert row["scores"][row["score"]] == row["average"]
+    lines = run("--study", "pilot", "--backbones", "one", "other").out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == list(found["results"])
+
+
+def test_classes_one_by_one(run, protocol, tmp_path):
+    found = json.loads(run("--study", "classes", "--seeds", 0, 1, "--json").out)["results"]
+    assert list(found) == ["baseline", "MoFE + D-beta Mixup"]
+    folder = tmp_path / "imagenet-1k" / "small-vit"
+    for row, files in (("baseline", ["knn/all"]), ("MoFE + D-beta Mixup", ["mofe/seed-0", "mofe/seed-1"])):
+        tables = [ScoreTable.read(folder / f"{file}.parquet") for file in files]
+        assert [one["name"] for one in found[row]["classes"]] == protocol.class_names
+        for label, wnid in enumerate(WNIDS):
+            expected = []
+            for table in tables:
+                mine = table.frame[(table.frame["source"] == "id") & table.frame["id"].str.contains(wnid)]["knn"]
+                assert len(mine) == 2
+                expected += [
+                    (np.subtract.outer(mine.to_numpy(), other) > 0).mean()
+                    + (np.subtract.outer(mine.to_numpy(), other) == 0).mean() / 2
+                    for other in (table.scores("knn", name) for name in OOD)
+                ]
+            assert found[row]["classes"][label]["auroc"] == pytest.approx(statistics.mean(expected), abs=1e-9)
+    printed = run("--study", "classes", "--seeds", 0, 1).out.splitlines()
+    (start,) = (number for number, line in enumerate(printed) if line.startswith("FPR95 / AUROC of a class"))
+    lines = [line.split("  ")[0] for line in printed[start + 1 :]]
+    order = sorted(found["MoFE + D-beta Mixup"]["classes"], key=lambda one: one["auroc"])
+    assert lines == [f"{'worst' if n < 5 else 'best'}: {one['name']}" for n, one in enumerate(order)]
 
 
 def test_a_backbone_with_texts_has_the_papers_rows_of_clip(root, tmp_path, capsys):
@@ -364,6 +421,9 @@ def test_a_dry_run_says_what_is_there(run, root, tmp_path):
     [
         (["--study", "q"], 2, "Unknown study 'q'"),
         (["--study", "k", "--table", "3"], 2, "--table 3 or --study k, not both"),
+        (["--study", "pilot"], 2, "--backbones SPEC"),
+        (["--backbones", "tiny"], 2, "--study pilot"),
+        (["--study", "layers", "--param", "unfreeze_blocks=1"], 2, "are 4 blocks, and 'small/vit' has 3"),
         (["--protocol", "imagenet-101"], 2, "Unknown protocol 'imagenet-101'"),
         (["--protocol", "imagenet-100"], 3, "lacks"),
         (["--param", "expert=3"], 2, "Did you mean 'experts'"),
@@ -371,7 +431,7 @@ def test_a_dry_run_says_what_is_there(run, root, tmp_path):
     ],
 )
 def test_mistakes_are_one_sentence(root, tmp_path, backbone, monkeypatch, capsys, arguments, code, words):
-    monkeypatch.setattr(paper, "load_backbone", lambda args: backbone)
+    monkeypatch.setattr(paper, "load_backbone", lambda args, spec: backbone)
     fixed = ["reproduce", "--root", str(root), "--out", str(tmp_path)]
     assert main([*fixed, *(argument.format(root=root) for argument in arguments)]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]

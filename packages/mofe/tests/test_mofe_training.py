@@ -79,8 +79,8 @@ TRAINING = {
 }
 
 
-def small_vit():
-    model = VisionTransformer(SIDE, 8, embed_dim=16, depth=2, num_heads=2, num_classes=0, init_values=1.0)
+def small_vit(depth=2):
+    model = VisionTransformer(SIDE, 8, embed_dim=16, depth=depth, num_heads=2, num_classes=0, init_values=1.0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -168,6 +168,23 @@ def test_the_survey_is_a_plain_pass_over_the_centre_crops(backbone, source, tmp_
     assert torch.equal(again.prototypes, found.prototypes)
     nothing = survey(backbone, Split.of(source, LABELS, 0), classes=CLASSES, progress=False)
     assert not nothing.accuracy.any()
+
+
+def test_the_survey_reads_before_the_first_layer_of_experts(source, tmp_path):
+    backbone = small_vit(depth=3)
+    split = Split.of(source, LABELS, 0.3)
+    plain = survey(backbone, split, classes=CLASSES, cache=tmp_path, progress=False)
+    found = survey(
+        backbone, split, classes=CLASSES, cache=tmp_path, progress=False, expert_layers=2, router_reads="patches"
+    )
+    images = torch.stack([backbone.transform(image) for _, image in source]).double()
+    z = backbone.model.blocks[0](backbone.embed(images))
+    routed = F.layer_norm(z[:, 1:].mean(1), (16,), eps=1e-6)
+    for label in range(CLASSES):
+        mine = split.rows[LABELS[split.rows] == label]
+        torch.testing.assert_close(found.prototypes[label], routed[mine].mean(0), rtol=1e-6, atol=1e-6)
+    assert found.mean_square == pytest.approx(plain.mean_square, rel=1e-6)  # behind all blocks in either case
+    torch.testing.assert_close(found.accuracy, plain.accuracy)
 
 
 def test_crops_are_kept_only_if_they_fit_and_are_the_same_either_way(backbone, source):
@@ -409,6 +426,47 @@ PLAIN = {
 }
 
 
+DEEPER = {"two layers of experts": {"expert_layers": 2}, "a block below": {"unfreeze_blocks": 1}}
+
+
+@pytest.mark.parametrize("deeper", DEEPER.values(), ids=DEEPER)
+@pytest.mark.parametrize("kept", [True, False], ids=["tokens kept", "tokens computed"])
+def test_more_trained_blocks_change_no_loss_at_first_and_have_the_gradient_of_finite_differences(source, deeper, kept):
+    backbone, batch = small_vit(depth=3), torch.tensor([7, 3, 12, 0, 19, 4, 21])
+
+    def losses(network):
+        images = {"backbone": backbone, "limit": 1e9, "blocks": network.blocks}
+        objective = Objective(
+            network,
+            LABELS,
+            Crops(source, tokens=False, **images),
+            lambda x: backbone.prefix(x.double(), network.blocks),
+            tokens=Crops(source, tokens=True, **images) if kept else None,
+            accuracy=lambda epoch: torch.zeros(CLASSES),
+        )
+        terms = objective(batch, 0, batch=batch)
+        return {name: value[0] / value[1] if isinstance(value, tuple) else value for name, value in terms.items()}
+
+    network = make_network(backbone, **deeper)
+    found, plain = losses(network), losses(make_network(backbone))
+    for name in set(found) - ({"routing"} if "expert_layers" in deeper else set()):  # whose router reads further below
+        torch.testing.assert_close(found[name], plain[name], rtol=1e-8, atol=0)
+    below = [*network.lower.parameters(), *network.unfrozen.parameters()]
+    gradients = torch.autograd.grad(sum(found.values()), below)
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(one.shape, generator=generator).double() for one in below]
+    ends = []
+    for size in (1e-5, -1e-5):
+        with torch.no_grad():
+            for one, step in zip(below, steps, strict=True):
+                one += size * step
+            ends.append(sum(losses(network).values()))
+            for one, step in zip(below, steps, strict=True):
+                one -= size * step
+    expected = sum((gradient * step).sum() for gradient, step in zip(gradients, steps, strict=True))
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", [{}, {"dynamic": False}], ids=["folded", "vanilla"])
 def test_the_shares_of_a_batch_add_up_to_the_whole(backbone, source, mode):
     """What several processes compute: draws are those of the whole batch, partners may be in another share."""
@@ -516,6 +574,16 @@ def test_norms_biases_and_scales_are_not_decayed(backbone):
     }
 
 
+def test_blocks_below_are_trained_as_experts_are():
+    network = make_network(small_vit(depth=3), expert_layers=2, unfreeze_blocks=1)
+    groups = parameter_groups(network, weight_decay=0.05, lr_scale=100.0)
+    of = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for name, parameter in network.experts.named_parameters():
+        alike = [network.lower[0].get_parameter(name), network.unfrozen[0].get_parameter(name)]
+        assert [of[id(one)] for one in alike] == 2 * [of[id(parameter)]]
+        assert of[id(parameter)][0] == 1
+
+
 def test_steps_are_those_of_adamw_with_clipped_gradients(backbone, source):
     """Three steps written out with a plain optimiser, losses and gradients from the objective tested above."""
     split = Split.of(source, LABELS, 0.1)
@@ -602,9 +670,24 @@ def test_training_lowers_the_loss_with_augmentation(backbone, source):
 
 
 @pytest.mark.parametrize("options", [{"augment": True}, {"cache_limit": 0}, {}], ids=["views", "nothing kept", "kept"])
+def test_a_training_that_moves_nothing_has_one_history_with_any_number_of_trained_blocks(source, options):
+    backbone = small_vit(depth=3)
+    still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12, "epochs": 1} | options
+    plain, deeper = (
+        run(make_network(backbone, unfreeze_blocks=count), backbone, source, **still)[0] for count in (0, 2)
+    )
+    assert deeper == pytest.approx(plain, rel=1e-6)
+    assert plain["token_norm"] > 0
+
+
+RESUMED = {"views": {"augment": True}, "nothing kept": {"cache_limit": 0}, "kept": {}, "a block below": {"below": 1}}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_bit_identical(backbone, source, tmp_path, monkeypatch, options):
     options = {"epochs": 4, "head_learning_rate": 0.05} | options
-    whole, resumed = make_network(backbone), make_network(backbone)
+    deeper = {"unfreeze_blocks": options.pop("below", 0)}
+    whole, resumed = make_network(backbone, **deeper), make_network(backbone, **deeper)
     expected = run(whole, backbone, source, **options)
     steps = training.Objective.__call__
     assert len({epoch["validation_accuracy"] for epoch in expected}) > 1  # or resuming would not be tested
@@ -619,7 +702,7 @@ def test_a_resumed_run_ends_bit_identical(backbone, source, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(resumed, backbone, source, checkpoint=file, **options)
     monkeypatch.setattr(training.Objective, "__call__", steps)
-    resumed = make_network(backbone)
+    resumed = make_network(backbone, **deeper)
     history = run(resumed, backbone, source, checkpoint=file, **options)
     assert history == expected
     for name, value in whole.state_dict().items():

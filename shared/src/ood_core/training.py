@@ -149,7 +149,8 @@ def _step(
     counts = _whole_counts(found, world)
     parts = {n: v[0] / counts[n].clamp(min=1) if isinstance(v, tuple) else v * share for n, v in found.items()}
     if parts:
-        torch.stack(list(parts.values())).sum().backward()
+        # Into these alone: the caller may have other tensors that require gradients.
+        torch.stack(list(parts.values())).sum().backward(inputs=list(parameters.values()))
     means = {name: value.item() for name, value in parts.items()}
     for parameter in parameters.values():
         # Zero, not absent: the optimiser then does the same in any number of processes.

@@ -15,6 +15,7 @@ from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import check_finite
 from ood_core.detectors.trained import TrainedDetector
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet, extract
@@ -169,6 +170,7 @@ class HVL(TrainedDetector):
                 f"shape {list(tiles.shape)}. Extract them with this n (`detector.backbone`)."
             )
         super()._check_features(features)
+        check_finite(self.name, FEATURE, features)
 
     # ---- training
 

@@ -81,7 +81,8 @@ def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--table", type=int, choices=range(1, 7), help="of the paper (default: that of the protocol, 1 or 2)"
     )
-    parser.add_argument("--study", help="router, reg_on, scores or k instead of a table")
+    parser.add_argument("--study", help="pilot, layers, classes, router, reg_on, scores or k instead of a table")
+    parser.add_argument("--backbones", metavar="SPEC", nargs="+", help="that --study pilot compares")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument("--set", dest="overrides", metavar="NAME=DIR", action="append", default=[], help="other folder")
     parser.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of MoFE (see README)")

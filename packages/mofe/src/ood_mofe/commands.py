@@ -92,12 +92,11 @@ def _class_names(args: argparse.Namespace, source: Any) -> list[str]:
 def _divided(detector: MoFE, source: Any, cache: str | None) -> tuple[Tensor, Tensor]:
     """Prototypes [C, D] and groups [C], as `fit` finds them."""
     from ood_mofe.runner import check_groups
-    from ood_mofe.training import Split, survey
+    from ood_mofe.training import Split
 
     check_groups(detector)
     split = Split.of(source, detector._labels(source), detector.validation)
-    options: Any = {"router_norm": detector.router_norm, "cache": cache}
-    found = survey(detector._required_backbone(), split, classes=len(detector.class_names), **options)
+    found = detector._survey(split, cache=cache)
     return found.prototypes, detector._groups(found.prototypes)
 
 

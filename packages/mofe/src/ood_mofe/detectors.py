@@ -20,12 +20,14 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors.trained import TrainedDetector
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
+from ood_core.prompts import text_features
+from PIL import Image
 from torch import Tensor
 
 from ood_mofe.functional import atd, ctw, mos
-from ood_mofe.model import MoFENetwork, Readout, require_class_token
-from ood_mofe.partition import GROUPINGS, assign_groups, initial_groups
-from ood_mofe.training import Split, split_validation, survey, train_network
+from ood_mofe.model import MoFENetwork, Readout, check_depth, check_ways, image_projection, require_class_token
+from ood_mofe.partition import GROUPINGS, assign_groups, imagenet_words, initial_groups
+from ood_mofe.training import Split, Survey, split_validation, survey, train_network
 
 __all__ = ["MoFE", "read_texts"]
 
@@ -40,14 +42,15 @@ _TRAINING = (
     *("epochs", "batch_size", "learning_rate", "head_learning_rate", "weight_decay", "clip", "seed"),
     *("augment", "crop_scale", "cache_limit"),
 )
-_NETWORK = ("router_norm", "gate", "top_k", "tokens")
+_ROUTER = ("router_norm", "router_reads", "expert_layers")
+_NETWORK = (*_ROUTER, "unfreeze_blocks", "gate", "top_k", "tokens")
 
 
 class MoFE(TrainedDetector):
     """Mixture of feature experts with Dynamic-beta Mixup.
 
     `fit` divides the classes into groups, copies the backbone's last block for each, and trains the copies, the router
-    that sends an image to one of them, and linear heads. The rest of the backbone stays as it is.
+    that sends an image to one of them, and the heads. The rest of the backbone stays as it is.
 
     Args:
         scorer: "knn" (distance to the k-th nearest training feature), "msp", "max_logit" or "energy" (of the global
@@ -56,14 +59,20 @@ class MoFE(TrainedDetector):
             them is "others").
         k: neighbour of "knn"; a smaller bank uses its farthest entry.
         bank: "expert" compares with the training images of the same expert, "global" with all.
-        head: that predicts the class, "expert" or "global"; None: the expert's where there is one.
+        head: that predicts the class, "expert" or "global"; None: the expert's where one is learned.
         texts: .npz file with CLIPN's text features {yes: [C, d], no: [C, d]} in the order of the classes.
+        classifier: "linear", heads are learned; or "text", for CLIP: classes are told apart by their texts as in
+            zero-shot classification (the "yes" of `texts`, else the class names in `template`), and of the heads
+            only "others" is learned.
         experts: their number E.
+        expert_layers: last blocks that have experts; an image goes through the same expert in each.
+        unfreeze_blocks: blocks below them that are trained, too.
         grouping: how classes are divided, see `assign_groups`.
         groups: class -> group, or a CSV file of them, see `assign_groups`.
-        moe: off, all classes share one copy of the last block.
+        moe: off, all classes share one copy of the last block (the last `expert_layers`).
         group_heads: without `moe`: a head with "others" for every group of classes, as MOS has; else a head over all.
         router_norm: "layer_norm" or "none", see `MoFENetwork`.
+        router_reads: "class" token or mean of the "patches", see `MoFENetwork`.
         gate: "none", "prob" or "renorm", see `MoFENetwork`.
         top_k: experts per image, see `MoFENetwork`.
         tokens: "cls" or "all", see `MoFENetwork`.
@@ -76,7 +85,7 @@ class MoFE(TrainedDetector):
         smoothing: of "ls".
         epochs: passes over the training images.
         batch_size: images per step, and as many mixed ones.
-        learning_rate: of AdamW for experts and final norm, peak of the schedule.
+        learning_rate: of AdamW for the trained blocks and the final norm, peak of the schedule.
         head_learning_rate: for router and heads.
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
@@ -120,12 +129,16 @@ class MoFE(TrainedDetector):
         bank: str = "expert",
         head: str | None = None,
         texts: str | Path | None = None,
+        classifier: str = "linear",
         experts: int = 7,
+        expert_layers: int = 1,
+        unfreeze_blocks: int = 0,
         grouping: str = "auto",
         groups: Mapping[str, Any] | str | Path | None = None,
         moe: bool = True,
         group_heads: bool = False,
         router_norm: str = "layer_norm",
+        router_reads: str = "class",
         gate: str = "none",
         top_k: int = 1,
         tokens: str = "cls",
@@ -154,14 +167,17 @@ class MoFE(TrainedDetector):
         self.bank = _check.choice("bank", bank, ("expert", "global"))
         self.head = _check.choice("head", head, (None, "expert", "global"))
         self.texts = None if texts is None else str(texts)
+        self.classifier = _check.choice("classifier", classifier, ("linear", "text"))
         self.grouping = _check.choice("grouping", grouping, GROUPINGS)
         self.groups = dict(groups) if isinstance(groups, Mapping) else None if groups is None else str(groups)
         self.moe, self.group_heads, self.mixup, self.dynamic = moe, group_heads, mixup, dynamic
-        self.router_norm, self.gate, self.tokens = router_norm, gate, tokens
+        self.router_norm, self.router_reads, self.gate, self.tokens = router_norm, router_reads, gate, tokens
         self.reg = _check.choice("reg", reg, ("l2", "ls", "none"))
         self.reg_on = _check.choice("reg_on", reg_on, ("pre_norm", "post_norm"))
         self.augment, self.cache_limit = augment, cache_limit
         self.experts = _check.integer("experts", experts, 1, 2**31)
+        self.expert_layers = _check.integer("expert_layers", expert_layers, 1, 2**31)
+        self.unfreeze_blocks = _check.integer("unfreeze_blocks", unfreeze_blocks, 0, 2**31)
         self.k = _check.integer("k", k, 1, 2**31)
         self.top_k = _check.integer("top_k", top_k, 1, experts)
         self.epochs = _check.integer("epochs", epochs, 1, 2**31)
@@ -178,6 +194,7 @@ class MoFE(TrainedDetector):
 
     def _check_options(self) -> None:
         split_validation(torch.zeros(0).long(), self.validation)
+        check_ways(**{name: getattr(self, name) for name in ("router_norm", "router_reads", "gate", "tokens", "top_k")})
         if not 0 <= self.smoothing < 1:
             raise UsageError(f"smoothing={self.smoothing!r} must be a share in [0, 1).")
         if not 0 < self.crop_scale <= 1:
@@ -189,7 +206,10 @@ class MoFE(TrainedDetector):
                 "validation=0 leaves no images to measure accuracies with: pass dynamic=False, or a share."
             )
         if self.head == "global" and not self._has_global_head:
-            raise UsageError("head='global' is trained by mixup=True, or where all classes share one head (moe=False).")
+            raise UsageError(
+                "head='global' is trained by mixup=True, or where all classes share one head (moe=False); or pass "
+                "classifier='text'."
+            )
         if self.head == "expert" and not self._has_heads:
             raise UsageError("head='expert' needs experts' heads: pass moe=True or group_heads=True.")
         if self.scorer == "others" and not self.moe:
@@ -214,7 +234,8 @@ class MoFE(TrainedDetector):
     @property
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """Everything but what only the score depends on."""
-        return frozenset(self._option_names()) - {"scorer", "k", "bank", "head", "texts", "cache_limit"}
+        texts = {"texts"} if self.classifier == "linear" else set()
+        return frozenset(self._option_names()) - {"scorer", "k", "bank", "head", "cache_limit"} - texts
 
     @property
     def _has_heads(self) -> bool:
@@ -222,11 +243,11 @@ class MoFE(TrainedDetector):
 
     @property
     def _has_global_head(self) -> bool:
-        return self.mixup or not self._has_heads
+        return self.mixup or not self._has_heads or self.classifier == "text"
 
     def _head(self, trained_with: str | None) -> str:
         """As `Readout.class_logits` calls it."""
-        if trained_with == "global" or not self._has_heads:
+        if trained_with == "global" or not self._has_heads or (trained_with is None and self.classifier == "text"):
             return "global"
         return "expert" if self.moe else "groups"
 
@@ -267,12 +288,12 @@ class MoFE(TrainedDetector):
         labels = self._labels(source)
         if self._has_heads:
             initial_groups(self.class_names, self.experts, **self._grouping())  # to refuse what cannot work at once
-        if self.texts:
-            self._read_texts(backbone)
+        texts = self._class_rows(backbone)
         split = Split.of(source, labels, self.validation)
         extraction: dict[str, Any] = {"cache": cache, "progress": progress}
-        found = survey(backbone, split, classes=len(self.class_names), router_norm=self.router_norm, **extraction)
-        network = self._network(backbone, self._groups(found.prototypes))
+        found = self._survey(split, **extraction)
+        group = self._groups(found.prototypes)
+        network = self._network(backbone, group, texts)
         self.history = train_network(
             network,
             backbone,
@@ -281,7 +302,7 @@ class MoFE(TrainedDetector):
             head=self._head("global" if self._has_global_head else "expert"),
             checkpoint=checkpoint,
             resume=resume,
-            recipe=self._recipe(source, backbone.fingerprint),
+            recipe=self._recipe(source, backbone.fingerprint) | _digests(groups=group, texts=texts),
             progress=progress,
             **{name: getattr(self, name) for name in _TRAINING},
         )
@@ -296,6 +317,23 @@ class MoFE(TrainedDetector):
             raise DataError(f"Classes {empty[:5]} have no images: add some, or leave these class names out.")
         return labels
 
+    def _survey(self, split: Split, **extraction: Any) -> Survey:
+        """What the frozen backbone says about the images."""
+        router = {name: getattr(self, name) for name in _ROUTER}
+        return survey(_plain(self._required_backbone()), split, classes=len(self.class_names), **extraction, **router)
+
+    def _class_rows(self, backbone: Backbone) -> Tensor | None:
+        """Text features [C, d] that tell the classes apart; None where that is learned."""
+        found = self._read_texts(backbone) if self.texts else {}  # in any case: to refuse a bad file at once
+        if self.classifier == "linear":
+            return None
+        return found["yes"] if found else self._class_texts(backbone)
+
+    def _class_texts(self, backbone: Backbone) -> Tensor:
+        """As the base class, with names for ImageNet's ids."""
+        self.template = self.template or self.default_template
+        return text_features(backbone, imagenet_words(self.class_names), self.template).cpu()
+
     def _groups(self, prototypes: Tensor) -> Tensor:
         if not self._has_heads:
             return torch.zeros(len(self.class_names)).long()
@@ -304,13 +342,14 @@ class MoFE(TrainedDetector):
     def _grouping(self) -> dict[str, Any]:
         return {"grouping": self.grouping, "groups": self.groups}
 
-    def _network(self, backbone: Backbone, group: Tensor) -> MoFENetwork:
+    def _network(self, backbone: Backbone, group: Tensor, texts: Tensor | None = None) -> MoFENetwork:
         return MoFENetwork.from_backbone(
             backbone,
             group,
             experts=int(group.max()) + 1 if self.moe else 1,
             group_heads=self._has_heads,
             global_head=self._has_global_head,
+            texts=texts,
             seed=self.seed,
             **{name: getattr(self, name) for name in _NETWORK},
         )
@@ -319,8 +358,7 @@ class MoFE(TrainedDetector):
         """Keep what was learned and the training images' features, sorted by expert."""
         self.state = {f"model.{name}": value.detach().cpu().clone() for name, value in network.state_dict().items()}
         if "text" in backbone.capabilities:
-            width = torch.eye(network.experts.width, device=backbone.device, dtype=backbone.dtype)
-            self.state["projection"] = backbone._project(width).float().cpu()  # type: ignore[attr-defined]
+            self.state["projection"] = image_projection(backbone, network.experts.width).float().cpu()
         self._backbone_record = {}
         self._use(backbone)
         features = extract(self._required_backbone(), split.part(split.rows), _FEATURES, **extraction)
@@ -331,18 +369,22 @@ class MoFE(TrainedDetector):
         if self.texts:
             self.state |= self._read_texts(backbone)
         self._forget_calibration()
-        self._mention_small_banks()
+        self._mention_small_banks(self._small_banks())
 
     def _read_texts(self, backbone: Backbone) -> dict[str, Tensor]:
         if "text" not in backbone.capabilities:
             raise UsageError("texts= is for CLIP backbones, whose images and texts share a space.")
         return read_texts(str(self.texts), len(self.class_names), backbone.width)
 
-    def _mention_small_banks(self) -> None:
-        for bank, size in self._bank_sizes().items() if self.scorer == "knn" else ():
-            if size < self.k:
-                then = f"k={size} is used" if size else "images routed there get the lowest score, -2"
-                log.warning("mofe: the bank of %s holds %d images, fewer than k=%d: %s.", bank, size, self.k, then)
+    def _small_banks(self) -> dict[str, int]:
+        """Images by the name of each bank in which `k` reaches beyond the last."""
+        sizes = self._bank_sizes() if self.fitted and self.scorer == "knn" else {}
+        return {bank: size for bank, size in sizes.items() if size < self.k}
+
+    def _mention_small_banks(self, banks: Mapping[str, int]) -> None:
+        for bank, size in banks.items():
+            then = f"k={size} is used" if size else "images routed there get the lowest score, -2"
+            log.warning("mofe: the bank of %s holds %d images, fewer than k=%d: %s.", bank, size, self.k, then)
 
     def _bank_sizes(self) -> dict[str, int]:
         """Images by the name of the bank."""
@@ -364,14 +406,14 @@ class MoFE(TrainedDetector):
         Raises:
             UsageError: an unknown option.
         """
-        base = self._backbone_record.get("base")
+        base, small = self._backbone_record.get("base"), self._small_banks()
         super().set_params(**params)
         if self.fitted:
             if "texts" in params:
                 self.state = {name: value for name, value in self.state.items() if name not in ("yes", "no")}
             if params.get("texts"):
                 self.state |= self._read_texts(self._required_backbone())
-            self._mention_small_banks()
+            self._mention_small_banks({bank: size for bank, size in self._small_banks().items() if bank not in small})
         elif self._backbone is not None:
             self._backbone_record = {}
             self._use(_plain(self._backbone))
@@ -383,6 +425,9 @@ class MoFE(TrainedDetector):
 
     def _attach(self, backbone: Backbone) -> None:
         require_class_token(backbone)
+        check_depth(backbone, self.expert_layers, self.unfreeze_blocks)
+        if self.classifier == "text":
+            backbone.require("text")
 
     def _set_backbone(self, backbone: Backbone | str) -> None:
         """Take a backbone, and put the experts behind its trunk if there are some."""
@@ -400,7 +445,7 @@ class MoFE(TrainedDetector):
             self._backbone_record["base"] = base.fingerprint
 
     def network(self) -> MoFENetwork:
-        """What was trained, as a function of the tokens that `Backbone.prefix` gives.
+        """What was trained, as a function of the tokens that `Backbone.prefix(images, network.blocks)` gives.
 
         Raises:
             NotFittedError: before `fit`.
@@ -410,7 +455,8 @@ class MoFE(TrainedDetector):
         return self._loaded(_plain(self._required_backbone()))
 
     def _loaded(self, base: Backbone) -> MoFENetwork:
-        network = self._network(base, self.group)
+        texts = self.state["model.readout.global_head.weight"] if self.classifier == "text" else None
+        network = self._network(base, self.group, texts)
         learned = {
             name.removeprefix("model."): value for name, value in self.state.items() if name.startswith("model.")
         }
@@ -425,8 +471,18 @@ class MoFE(TrainedDetector):
         read = {name: value for name, value in learned.items() if not name.startswith("readout.")}
         key = hash_tensors(sorted(read.items()), json.dumps(options))
         return base.with_features(
-            _FEATURES, lambda x: network.features(base.prefix(x.to(base.dtype))), f"experts {key}"
+            _FEATURES, lambda x: network.features(base.prefix(x.to(base.dtype), network.blocks)), f"experts {key}"
         )
+
+    def explain_image(self, image: Image.Image) -> Image.Image | None:
+        """The picture of `ood_mofe.explain`; None where the score is no distance.
+
+        Args:
+            image: of any size and mode.
+        """
+        from ood_mofe.explain import explain
+
+        return explain(self, image).render() if self.scorer == "knn" else None
 
     # ---- scores
 
@@ -464,7 +520,9 @@ class MoFE(TrainedDetector):
             return functional.knn(queries, bank, k=min(self.k, len(bank)))
         scores = queries.new_full((len(queries),), -2.0)  # as far as can be, where the expert has no bank
         for one in expert.unique().tolist():
-            mine, entries = expert == one, bank[owner == one]
+            mine = expert == one
+            start, end = torch.searchsorted(owner, owner.new_tensor([one, one + 1])).tolist()
+            entries = bank[start:end]  # sorted by expert: no copy of what may be millions of rows
             if len(entries):
                 scores[mine] = functional.knn(queries[mine], entries, k=min(self.k, len(entries)))
         return scores
@@ -504,6 +562,11 @@ def read_texts(file: str | Path, classes: int, width: int) -> dict[str, Tensor]:
         if list(value.shape) != [classes, width] or not value.isfinite().all():
             raise DataError(f"{name!r} of {str(file)!r} is {list(value.shape)}, not finite [{classes}, {width}].")
     return {name: F.normalize(value, dim=1) for name, value in found.items()}
+
+
+def _digests(**tensors: Tensor | None) -> dict[str, str]:
+    """What a recipe says of tensors, whatever file they came from."""
+    return {name: hash_tensors([(name, value)]) for name, value in tensors.items() if value is not None}
 
 
 def _factor(name: str, value: float) -> float:

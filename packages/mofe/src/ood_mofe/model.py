@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -15,25 +16,21 @@ from torch import Tensor, nn
 from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.experts import StackedExperts
 
-__all__ = ["GroupHeads", "MoFENetwork", "Readout", "require_class_token"]
+__all__ = ["GroupHeads", "MoFENetwork", "Readout", "TextGroupHeads", "TextHead", "require_class_token"]
+
+_LOGIT_SCALE = 100.0  # CLIP's
+_WAYS = {
+    "router_norm": ("layer_norm", "none"),
+    "router_reads": ("class", "patches"),
+    "gate": ("none", "prob", "renorm"),
+    "tokens": ("cls", "all"),
+}
 
 
-class GroupHeads(nn.Module):
-    """A linear head for each group of classes, with one output more than classes: the last, "others".
+class _Heads(nn.Module):
+    """A head for each group of classes, with one output more than classes: the last, "others".
 
-    Args:
-        group: int64 [C], group of each class, 0 to G - 1, none empty.
-        weight: [C + G, D], a row per class and then one "others" per group.
-        bias: [C + G].
-
-    Raises:
-        TypeError: tensors of another type.
-        ValueError: shapes that do not fit, NaN, or an empty group.
-
-    Example:
-        >>> heads = GroupHeads(torch.tensor([0, 1, 0]), torch.zeros(5, 4), torch.tensor([1.0, 2.0, 3.0, 8.0, 9.0]))
-        >>> heads(torch.zeros(2, 4), torch.tensor([0, 1])).tolist()
-        [[1.0, 3.0, 8.0], [2.0, 9.0, -inf]]
+    `_every` gives the outputs of all heads [N, C + G]: one per class, then one "others" per group.
     """
 
     group: Tensor
@@ -41,17 +38,15 @@ class GroupHeads(nn.Module):
     sizes: Tensor
     outputs: Tensor
 
-    def __init__(self, group: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, group: Tensor, rows: int) -> None:
         super().__init__()
-        weight, bias = _check.tensors(weight=(weight, "R D"), bias=(bias, "R"))
-        group = _check.labels("group", group, len(group), len(weight))
+        group = _check.labels("group", group, len(group), rows)
         sizes = torch.bincount(group)
-        if len(group) + len(sizes) != len(weight) or not sizes.all():
+        if len(group) + len(sizes) != rows or not sizes.all():
             raise ValueError(
-                f"weight has {len(weight)} rows, which must be one per class and one per group; the groups' sizes are "
+                f"weight has {rows} rows, which must be one per class and one per group; the groups' sizes are "
                 f"{sizes.tolist()}."
             )
-        self.weight, self.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
         self.register_buffer("group", group)
         for name, value in zip(("position", "sizes", "outputs"), _layout(group, sizes), strict=True):
             self.register_buffer(name, value, persistent=False)
@@ -87,6 +82,33 @@ class GroupHeads(nn.Module):
         return self._every(token)[:, : len(self.group)] - total[:, self.group]
 
     def _every(self, token: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class GroupHeads(_Heads):
+    """A linear head for each group of classes, with one output more than classes: the last, "others".
+
+    Args:
+        group: int64 [C], group of each class, 0 to G - 1, none empty.
+        weight: [C + G, D], a row per class and then one "others" per group.
+        bias: [C + G].
+
+    Raises:
+        TypeError: tensors of another type.
+        ValueError: shapes that do not fit, NaN, or an empty group.
+
+    Example:
+        >>> heads = GroupHeads(torch.tensor([0, 1, 0]), torch.zeros(5, 4), torch.tensor([1.0, 2.0, 3.0, 8.0, 9.0]))
+        >>> heads(torch.zeros(2, 4), torch.tensor([0, 1])).tolist()
+        [[1.0, 3.0, 8.0], [2.0, 9.0, -inf]]
+    """
+
+    def __init__(self, group: Tensor, weight: Tensor, bias: Tensor) -> None:
+        weight, bias = _check.tensors(weight=(weight, "R D"), bias=(bias, "R"))
+        super().__init__(group, len(weight))
+        self.weight, self.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+
+    def _every(self, token: Tensor) -> Tensor:
         return F.linear(token, self.weight, self.bias)
 
 
@@ -119,6 +141,66 @@ class GlobalHead(nn.Module):
         return F.linear(token, self.weight, self.bias)
 
 
+class TextHead(nn.Module):
+    """CLIP's own classifier, of which nothing is learned: cosines of the projected class token and the classes' texts.
+
+    Args:
+        weight: text features [C, d], unit norm.
+        projection: [D, d], from class tokens behind the final norm to the space of the texts.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+
+    weight: Tensor
+    projection: Tensor
+
+    def __init__(self, weight: Tensor, projection: Tensor) -> None:
+        super().__init__()
+        weight, projection = _check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
+        self.register_buffer("weight", weight.clone())
+        self.register_buffer("projection", projection.clone())
+
+    def forward(self, token: Tensor) -> Tensor:
+        """Logits [N, C], 100 times the cosines."""
+        return _cosine_logits(token, self.projection, self.weight)
+
+
+class TextGroupHeads(_Heads):
+    """`TextHead` divided among the groups, each with one vector more, which is learned: "others".
+
+    Args:
+        group: int64 [C], group of each class.
+        weight: text features [C, d], unit norm.
+        projection: [D, d].
+        others_weight: [G, d]; None starts with minus the mean of each group's texts.
+
+    Raises:
+        ValueError: shapes that do not fit, or an empty group.
+
+    Source: Eq. 9 for CLIP. That the classes' texts stay as they are is our reading.
+    """
+
+    weight: Tensor
+    projection: Tensor
+
+    def __init__(self, group: Tensor, weight: Tensor, projection: Tensor, others_weight: Tensor | None = None) -> None:
+        weight, projection = _check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
+        if others_weight is None:
+            others_weight = torch.stack([-weight[group == g].mean(0) for g in range(int(group.max()) + 1)])
+        super().__init__(group, len(weight) + len(others_weight))
+        self.register_buffer("weight", weight.clone())
+        self.register_buffer("projection", projection.clone())
+        self.others_weight = nn.Parameter(others_weight.detach().clone())
+
+    def _every(self, token: Tensor) -> Tensor:
+        return _cosine_logits(token, self.projection, torch.cat([self.weight, self.others_weight]))
+
+
+def _cosine_logits(token: Tensor, projection: Tensor, rows: Tensor) -> Tensor:
+    return _LOGIT_SCALE * F.normalize(token @ projection, dim=-1) @ rows.T
+
+
 class Readout(nn.Module):
     """The heads, and what they say about class tokens [N, D] behind experts and final norm.
 
@@ -127,19 +209,19 @@ class Readout(nn.Module):
         global_head: one over all classes, or None.
     """
 
-    def __init__(self, heads: GroupHeads | None, global_head: GlobalHead | None) -> None:
+    def __init__(self, heads: _Heads | None, global_head: GlobalHead | TextHead | None) -> None:
         super().__init__()
         self.heads, self.global_head = heads, global_head
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         """Rebuild from a `state_dict`."""
-        heads = {name: state.get(f"heads.{name}") for name in ("group", "weight", "bias")}
-        globally = {name: state.get(f"global_head.{name}") for name in ("weight", "bias")}
-        return cls(
-            None if heads["group"] is None else GroupHeads(**heads),  # type: ignore[arg-type]
-            None if globally["weight"] is None else GlobalHead(**globally),  # type: ignore[arg-type]
-        )
+
+        def made(name: str, learned: Any, text: Any) -> Any:
+            found = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+            return (text if "projection" in found else learned)(**found) if found else None
+
+        return cls(made("heads.", GroupHeads, TextGroupHeads), made("global_head.", GlobalHead, TextHead))
 
     def class_logits(self, token: Tensor, expert: Tensor, head: str) -> Tensor:
         """[N, C] by which classes are told apart.
@@ -160,20 +242,28 @@ class Readout(nn.Module):
 class MoFENetwork(nn.Module):
     """Experts, router, final norm and heads behind a frozen trunk.
 
-    Tokens z [B, T, D] are what `Backbone.prefix` gives. The router reads the class token z[:, 0]; the class token
-    behind its expert and the final norm is the feature that heads and scores read.
+    `features` and `enter` take tokens [B, T, D] as `Backbone.prefix(images, network.blocks)` gives them; `enter` runs
+    the blocks that are trained below the experts, if there are any, and gives z, which the other methods take. The
+    router reads z once per image: its expert is that of every layer. The class token behind experts and final norm is
+    the feature that heads and scores read.
 
     Args:
         experts: E blocks, one per group of classes; or a single one that all groups share.
         norm: the final norm.
         group: int64 [C], group of each class.
+        lower: experts of the layers below, bottom first, as many in each.
+        unfrozen: blocks below all experts, bottom first, each a single "expert".
         group_heads: a head per group, with "others".
         global_head: a head over all classes.
+        text_head: the classes' texts in place of learned heads; then there is a global head in any case.
         router_norm: "layer_norm" (without parameters) or "none", of the router's input.
-        gate: "none" takes the block's result as it is; "prob" weights what the block adds to the class token by the
-            router's probability; "renorm" by that probability divided by the sum over the `top_k`.
+        router_reads: "class", the class token, or "patches", the mean of the patch tokens.
+        patches: how many of the last tokens these are.
+        gate: "none" takes the experts' result as it is; "prob" weights what they add to the class token by the
+            router's probability; "renorm" by that probability divided by the sum over the `top_k`. An expert of
+            several layers counts as a whole.
         top_k: experts per image; more than one needs a gate. Heads and banks are those of the first.
-        tokens: "cls" computes the class token alone, "all" the whole block; they agree.
+        tokens: "cls" computes the class token alone in the last layer, "all" the whole block; they agree.
         seed: of router and heads.
 
     Attributes:
@@ -193,57 +283,106 @@ class MoFENetwork(nn.Module):
         norm: nn.LayerNorm,
         group: Tensor,
         *,
+        lower: Sequence[StackedExperts] = (),
+        unfrozen: Sequence[StackedExperts] = (),
         group_heads: bool = True,
         global_head: bool = True,
+        text_head: TextHead | None = None,
         router_norm: str = "layer_norm",
+        router_reads: str = "class",
+        patches: int = 0,
         gate: str = "none",
         top_k: int = 1,
         tokens: str = "cls",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.router_norm = _check.choice("router_norm", router_norm, ("layer_norm", "none"))
-        self.gate = _check.choice("gate", gate, ("none", "prob", "renorm"))
-        self.tokens = _check.choice("tokens", tokens, ("cls", "all"))
+        check_ways(router_norm=router_norm, router_reads=router_reads, gate=gate, tokens=tokens, top_k=top_k)
+        self.router_norm, self.router_reads, self.gate, self.tokens = router_norm, router_reads, gate, tokens
         self.top_k = _check.integer("top_k", top_k, 1, len(experts), "the number of experts")
-        if top_k > 1 and gate == "none":
-            raise UsageError(f"top_k={top_k} experts need weights: pass gate='renorm' or gate='prob'.")
         groups = int(group.max()) + 1
         if len(experts) not in (1, groups):
             raise UsageError(f"There are {len(experts)} experts for {groups} groups of classes: give one per group.")
-        self.experts, self.norm = experts, norm
+        self.unfrozen: Any = nn.ModuleList(unfrozen)
+        self.lower: Any = nn.ModuleList(lower)
+        self.experts, self.norm, self.patches = experts, norm, patches
         generator = torch.Generator().manual_seed(seed)
-        like = experts.norm1_weight
 
         def draw(rows: int, columns: int, scale: float) -> Tensor:
-            return scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
+            return scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(experts.norm1_weight)
 
         self.router = nn.Parameter(draw(experts.width, len(experts), 0.02))
-        rows = draw(len(group) + groups, experts.width, 0.01)
-        heads = GroupHeads(group.to(like.device), rows, rows.new_zeros(len(rows))) if group_heads else None
-        rows = draw(len(group), experts.width, 0.01)
-        self.readout = Readout(heads, GlobalHead(rows, rows.new_zeros(len(rows))) if global_head else None)
+        group = group.to(experts.norm1_weight.device)
+        if text_head is None:
+            rows = [draw(count, experts.width, 0.01) for count in (len(group) + groups, len(group))]
+            heads: _Heads | None = GroupHeads(group, rows[0], rows[0].new_zeros(len(rows[0]))) if group_heads else None
+            self.readout = Readout(heads, GlobalHead(rows[1], rows[1].new_zeros(len(rows[1]))) if global_head else None)
+        else:
+            heads = TextGroupHeads(group, text_head.weight, text_head.projection) if group_heads else None
+            self.readout = Readout(heads, text_head)
 
     @classmethod
-    def from_backbone(cls, backbone: Backbone, group: Tensor, *, experts: int, **options: Any) -> Self:
-        """Copies of a backbone's last block and final norm: at first the class token is the backbone's own.
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        group: Tensor,
+        *,
+        experts: int,
+        expert_layers: int = 1,
+        unfreeze_blocks: int = 0,
+        texts: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """Copies of a backbone's last blocks and final norm: at first the class token is the backbone's own.
 
         Args:
             backbone: one that reads its class token; it is not changed.
             group: int64 [C].
-            experts: copies of the block: one per group, or 1.
+            experts: copies of a block: one per group, or 1.
+            expert_layers: last blocks that have experts.
+            unfreeze_blocks: blocks below them that are trained, too.
+            texts: text features [C, d] for a `TextHead`, unit norm.
             **options: of the class.
 
         Raises:
-            UsageError: a backbone without a class token, or with a block or norm of another kind.
+            UsageError: a backbone without a class token, with fewer blocks, or with blocks or a norm of another kind.
         """
         require_class_token(backbone)
-        copies = StackedExperts.from_block(backbone.last_block, experts)
-        return cls(copies, _copied_norm(backbone, copies.norm1_weight), group, **options)
+        check_depth(backbone, expert_layers, unfreeze_blocks)
+        trained = _blocks(backbone)[-(unfreeze_blocks + expert_layers) :]
+        below = [StackedExperts.from_block(block, 1) for block in trained[:unfreeze_blocks]]
+        *lower, last = [StackedExperts.from_block(block, experts) for block in trained[unfreeze_blocks:]]
+        if texts is not None:
+            options["text_head"] = TextHead(texts.to(last.norm1_weight), image_projection(backbone, last.width))
+        options["patches"] = math.prod(backbone.grid or ())
+        norm = _copied_norm(backbone, last.norm1_weight)
+        return cls(last, norm, group, lower=lower, unfrozen=below, **options)
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that have experts."""
+        return len(self.lower) + 1
+
+    @property
+    def unfreeze_blocks(self) -> int:
+        """Blocks below them that are trained, too."""
+        return len(self.unfrozen)
+
+    @property
+    def blocks(self) -> int:
+        """All blocks that are trained; the trunk ends below them."""
+        return self.unfreeze_blocks + self.expert_layers
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Input z [B, T, D] of the first expert layer from that of the first trained block."""
+        for block in self.unfrozen:
+            tokens = expert_tokens(tokens, torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device), block)
+        return tokens
 
     def router_input(self, tokens: Tensor) -> Tensor:
-        """The class tokens as the router reads them, [B, D]."""
-        x = tokens[:, 0].to(self.router.dtype)
+        """What the router reads of z, [B, D]."""
+        read = tokens[:, 0] if self.router_reads == "class" else tokens[:, -self.patches :].mean(1)
+        x = read.to(self.router.dtype)
         return F.layer_norm(x, (x.shape[-1],), eps=self.experts.eps) if self.router_norm == "layer_norm" else x
 
     def router_logits(self, tokens: Tensor) -> Tensor:
@@ -270,15 +409,56 @@ class MoFENetwork(nn.Module):
         return start + (weight.T[..., None] * torch.stack(added)).sum(0)
 
     def _behind(self, tokens: Tensor, expert: Tensor) -> Tensor:
+        for layer in self.lower:
+            tokens = expert_tokens(tokens, expert, layer)
         if self.tokens == "cls":
             return expert_class_token(tokens, expert, self.experts)
         return expert_tokens(tokens, expert, self.experts)[:, 0]
 
     def features(self, tokens: Tensor) -> dict[str, Tensor]:
-        """What detectors read: "router" (logits [B, E]) and "token" (class token behind expert and norm, [B, D])."""
+        """What detectors read of the trunk's tokens.
+
+        Args:
+            tokens: as `Backbone.prefix(images, network.blocks)` gives them, [B, T, D].
+
+        Returns:
+            "router" (logits [B, E]) and "token" (class token behind expert and norm, [B, D]).
+        """
+        tokens = self.enter(tokens)
         logits = self.router_logits(tokens)
         token = self.norm(self.class_token(tokens, logits.argmax(1), logits))
         return {"router": logits.float(), "token": token.float()}
+
+
+def image_projection(backbone: Backbone, width: int) -> Tensor:
+    """The linear map [D, d] from class tokens behind the final norm to the space of the texts."""
+    rows = torch.eye(width, device=backbone.device, dtype=backbone.dtype)
+    return backbone._project(rows)  # type: ignore[attr-defined]  # all with texts have it
+
+
+def check_ways(*, top_k: int, gate: str, **chosen: str) -> None:
+    """Refuse what no network can do: unknown words for options, or several experts per image without weights."""
+    for name, value in {"gate": gate, **chosen}.items():
+        _check.choice(name, value, _WAYS[name])
+    if top_k > 1 and gate == "none":
+        raise UsageError(f"top_k={top_k} experts need weights: pass gate='renorm' or gate='prob'.")
+
+
+def check_depth(backbone: Backbone, expert_layers: int, unfreeze_blocks: int) -> None:
+    """Raise a `UsageError` if a backbone has fewer blocks than are to be trained."""
+    depth = len(_blocks(backbone))
+    if expert_layers + unfreeze_blocks > depth:
+        raise UsageError(
+            f"expert_layers={expert_layers} and unfreeze_blocks={unfreeze_blocks} are {expert_layers + unfreeze_blocks}"
+            f" blocks, and {backbone.spec!r} has {depth}: pass fewer."
+        )
+
+
+def _blocks(backbone: Backbone) -> list[nn.Module]:
+    """The blocks of the image tower, bottom first: the last one and those that lie with it in the library's list."""
+    last = getattr(backbone.last_block, "layer", backbone.last_block)
+    lists = (list(part) for part in backbone.model.modules() if isinstance(part, nn.ModuleList | nn.Sequential))
+    return next((blocks for blocks in lists if blocks and blocks[-1] is last), [backbone.last_block])
 
 
 def require_class_token(backbone: Backbone) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from ood_core import _check
 from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.prompts import imagenet_names
 from torch import Tensor
 
 from ood_mofe.functional import cluster_classes, partition_classes, wordnet_groups
 
-__all__ = ["GROUPINGS", "assign_groups", "imagenet_edges", "initial_groups", "read_groups"]
+__all__ = ["GROUPINGS", "assign_groups", "imagenet_edges", "imagenet_words", "initial_groups", "read_groups"]
 
 GROUPINGS = ("auto", "both", "wordnet", "clustering", "given")
 
@@ -93,6 +94,19 @@ def imagenet_edges() -> list[tuple[str, str]]:
     source = resources.files("ood_mofe") / "wordnet" / "imagenet-is-a.csv.gz"
     with source.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8", newline="") as table:
         return [(parent, child) for parent, child in list(csv.reader(table))[1:]]
+
+
+def imagenet_words(class_names: Sequence[str]) -> list[str]:
+    """Class names for prompts: CLIP's names in place of ImageNet's ids, other names as they are.
+
+    Example:
+        >>> imagenet_words(["n01440764", "ant"])
+        ['tench', 'ant']
+    """
+    edges = imagenet_edges()
+    leaves = sorted({child for _, child in edges} - {parent for parent, _ in edges})
+    words = dict(zip(leaves, imagenet_names(), strict=True))
+    return [words.get(name, name) for name in class_names]
 
 
 def read_groups(file: str | Path) -> dict[str, str]:

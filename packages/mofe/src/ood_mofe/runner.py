@@ -1,6 +1,7 @@
 """Train MoFE and other methods on a benchmark and judge them; figures per run, finished ones kept.
 
-All is kept in OUT/PROTOCOL/BACKBONE/SETTING: seed-0.json, ... or, where nothing is drawn, all.json.
+All is kept in OUT/PROTOCOL/BACKBONE/SETTING: seed-0.json, ... or, where nothing is drawn, all.json, and beside each the
+scores of all images (.parquet).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ood_core.errors import MissingDataError
 from ood_core.evaluation import evaluate, fit_detectors
 from ood_core.protocols import Protocol
 from ood_core.runs import Run, kept_runs, spread
+from ood_core.scores import ScoreTable
 
 from ood_mofe.detectors import MoFE
 from ood_mofe.partition import initial_groups
@@ -112,9 +114,12 @@ class Bench:
             UsageError: an option that is not there or cannot work, or figures of other settings in the folder.
             MissingDataError: no training images.
         """
-        if setting.detector != "mofe":
-            return self._run(setting, None)
-        return [run for seed in self.seeds for run in self._run(setting, seed)]
+        return [run for seed in self._seeds(setting) for run in self._run(setting, seed)]
+
+    def score_tables(self, setting: Setting) -> list[ScoreTable]:
+        """The scores of all test images, one table per seed, a column per score; raises as `runs`."""
+        self.runs(setting)
+        return [ScoreTable.read(self._file(setting, seed).with_suffix(".parquet")) for seed in self._seeds(setting)]
 
     def check(self, setting: Setting) -> None:
         """Find mistakes before hours are spent: as `runs` raises."""
@@ -125,8 +130,14 @@ class Bench:
             (error,) = (row.error for row in self.protocol.found if row.name == "train")
             raise MissingDataError(f"{self.protocol.name} has no training images: --set train=DIR. {error}")
 
+    def _seeds(self, setting: Setting) -> Sequence[int | None]:
+        return self.seeds if setting.detector == "mofe" else (None,)
+
+    def _file(self, setting: Setting, seed: int | None) -> Path:
+        return self._folder(setting) / ("all.json" if seed is None else f"seed-{seed}.json")
+
     def _run(self, setting: Setting, seed: int | None) -> list[Run]:
-        file = self._folder(setting) / ("all.json" if seed is None else f"seed-{seed}.json")
+        file = self._file(setting, seed)
         detector = self._made(setting, seed)
         options = detector.get_params()
         recipe = {**self._given, "detector": detector.name, "options": options, "files": _digests(options)}
@@ -185,12 +196,13 @@ class Bench:
         else:
             fit_detectors({detector.name: detector}, sets.train, **extraction)
         options = {"convention": self.convention, **extraction}
-        found = evaluate(_scores(detector), id=sets.test, ood=sets.ood, **options).results["detectors"]
+        judged = evaluate(_scores(detector), id=sets.test, ood=sets.ood, **options)
+        judged.scores.write(file.with_suffix(".parquet"))
         return [
             {"seed": seed, "score": score, "accuracy": figures.get("accuracy")}
             | {part: figures[part] for part in ("average", "per_set")}
             | {"last_epoch": detector.history[-1] if isinstance(detector, MoFE) else {}}
-            for score, figures in found.items()
+            for score, figures in judged.results["detectors"].items()
         ]
 
     def _train(self, detector: MoFE, images: Any, file: Path) -> None:

@@ -142,9 +142,9 @@ def survey(
     split: Split,
     *,
     classes: int,
-    router_norm: str = "layer_norm",
     cache: str | Path | None = None,
     progress: bool | None = None,
+    **router: Any,
 ) -> Survey:
     """Look at every centre crop once with the backbone as it is.
 
@@ -152,11 +152,11 @@ def survey(
         backbone: one that reads its class token.
         split: images to train on give the means.
         classes: C.
-        router_norm: see `MoFENetwork`.
         cache: folder for the class tokens.
         progress: a bar on stderr; None shows it on a terminal only.
+        **router: `router_norm`, `router_reads` and `expert_layers` of `MoFENetwork`.
     """
-    network = MoFENetwork.from_backbone(backbone, torch.zeros(1).long(), experts=1, router_norm=router_norm)
+    network = MoFENetwork.from_backbone(backbone, torch.zeros(1).long(), experts=1, **router)
     seen = _with_class_tokens(backbone, network)
     means, count, squares = torch.zeros(2, classes, network.experts.width, dtype=torch.float64), 0, 0.0
     for part, own in _parts(seen, split, split.rows, cache, progress):
@@ -174,15 +174,16 @@ def survey(
 
 
 def _with_class_tokens(backbone: Backbone, network: MoFENetwork) -> Backbone:
-    """The backbone with the class token before its last block, as a router reads it, and behind that block."""
+    """The backbone with what a router reads before the blocks with experts, and the class token behind them."""
 
     def compute(x: Tensor) -> dict[str, Tensor]:
-        tokens = backbone.prefix(x.to(backbone.dtype))
+        tokens = backbone.prefix(x.to(backbone.dtype), network.blocks)
         logits = network.router_logits(tokens)
         behind = network.class_token(tokens, logits.argmax(1), logits)
         return {"router_input": network.router_input(tokens), "behind": behind}
 
-    key = f"class token before (router_norm={network.router_norm}) and behind the last block"
+    router = f"router_norm={network.router_norm} router_reads={network.router_reads}"
+    key = f"{router} before and class token behind the last {network.blocks} blocks"
     return backbone.with_features(["router_input", "behind"], compute, key)
 
 
@@ -201,20 +202,21 @@ def _parts(
 
 
 class Crops:
-    """Centre crops by row, as pixels or as tokens before the last block; kept in memory if they fit.
+    """Centre crops by row, as pixels or as tokens of the frozen trunk; kept in memory if they fit.
 
     Args:
         source: the images.
         backbone: whose transform and trunk are used.
         tokens: give tokens, not pixels.
         limit: bytes that may be kept.
+        blocks: last blocks that are not of the trunk.
 
     Attributes:
         bytes: what is kept; 0 if all would be more than `limit`.
     """
 
-    def __init__(self, source: ImageSource, backbone: Backbone, *, tokens: bool, limit: float) -> None:
-        self.source, self.backbone, self.tokens = source, backbone, tokens
+    def __init__(self, source: ImageSource, backbone: Backbone, *, tokens: bool, limit: float, blocks: int = 1) -> None:
+        self.source, self.backbone, self.tokens, self.blocks = source, backbone, tokens, blocks
         one = self._read(torch.zeros(1).long())
         size = len(source) * one.numel() * one.element_size()
         self.bytes = size if size <= limit else 0
@@ -229,12 +231,12 @@ class Crops:
 
     def _read(self, rows: Tensor) -> Tensor:
         (batch,) = load_batches(self.source, self.backbone.transform, [rows.tolist()], progress=False)
-        return _prefix(self.backbone, batch.pixels) if self.tokens else batch.pixels
+        return _prefix(self.backbone, self.blocks, batch.pixels) if self.tokens else batch.pixels
 
 
 @torch.no_grad()
-def _prefix(backbone: Backbone, pixels: Tensor) -> Tensor:
-    return backbone.prefix(backbone._pixels(pixels))
+def _prefix(backbone: Backbone, blocks: int, pixels: Tensor) -> Tensor:
+    return backbone.prefix(backbone._pixels(pixels), blocks)
 
 
 # ---- draws
@@ -301,7 +303,7 @@ class Objective:
         network: what is trained.
         labels: int64 [N] of all training rows.
         pixels: of these rows.
-        encode: pixels -> tokens before the last block, without gradient.
+        encode: pixels -> tokens before the first trained block, without gradient.
         tokens: of unmixed images, where they are kept; None computes them from the pixels.
         accuracy: epoch -> accuracy [C] of each class before it.
         mixup: add the loss on mixed images, too.
@@ -353,7 +355,7 @@ class Objective:
         at = (batch == rows[:, None]).int().argmax(1)
         pixels, mixed = self._pixels(rows, at, batch, epoch, draws)
         clean = self.encode(pixels) if self.tokens is None else self.tokens(rows, epoch)
-        found = self._clean_losses(clean, self.labels[rows], at, draws)
+        found = self._clean_losses(self.network.enter(clean), self.labels[rows], at, draws)
         if self.mixup:
             found |= self._mixed_losses(*mixed, self._mixed_groups(batch, at, draws))
         return found
@@ -423,7 +425,7 @@ class Objective:
         return {"experts": (loss * rows, rows), "routing": _unless_nan(routing_loss, logits, group)}
 
     def _mixed_losses(self, mixed: Tensor, target: Tensor, group: Tensor) -> dict[str, Tensor]:
-        tokens = self.encode(mixed)
+        tokens = self.network.enter(self.encode(mixed))
         expert = torch.zeros_like(group) if self.shared else group
         behind = self.network.class_token(tokens, expert.to(tokens.device), self.network.router_logits(tokens))
         token = self.network.norm(behind)
@@ -448,7 +450,7 @@ class Validation:
 
     Args:
         network: what is trained.
-        tokens: of the validation images.
+        tokens: of the validation images, before the first trained block.
         labels: int64 [V].
         head: that predicts, see `Readout.class_logits`.
         first: accuracy [C] before the first epoch.
@@ -474,7 +476,7 @@ class Validation:
     def _measure(self) -> Tensor:
         network, predicted, norms = self.network, [], []
         for rows in torch.arange(len(self.labels)).split(_CHUNK):
-            tokens = self.tokens(rows)
+            tokens = network.enter(self.tokens(rows))
             logits = network.router_logits(tokens)
             expert = logits.argmax(1)
             behind = network.class_token(tokens, expert, logits)
@@ -504,22 +506,22 @@ def schedule(epoch: float, *, peak: float, epochs: int, steps: int) -> float:
 
 
 def parameter_groups(network: MoFENetwork, *, weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser: experts and norm at the rate itself, router and heads at `lr_scale` times it.
+    """Groups for an optimiser: blocks and norm at the rate itself, router and heads at `lr_scale` times it.
 
     Norms, biases and layer scales are not decayed.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         plain = "norm" in name or "scale" in name or name.endswith("bias")
-        scale = 1.0 if name.startswith(("experts.", "norm.")) else lr_scale
+        scale = lr_scale if name.startswith(("router", "readout.")) else 1.0
         found.setdefault((scale, 0.0 if plain else weight_decay), []).append(parameter)
     return [{"params": some, "lr_scale": scale, "weight_decay": decay} for (scale, decay), some in found.items()]
 
 
-def _centre(backbone: Backbone, split: Split, limit: float) -> tuple[Images, Images | None]:
+def _centre(backbone: Backbone, split: Split, limit: float, blocks: int) -> tuple[Images, Images | None]:
     """Pixels of the centre crops to train on, and their tokens if they can be kept."""
     images = split.part(split.rows)
-    tokens = Crops(images, backbone, tokens=True, limit=limit)
+    tokens = Crops(images, backbone, tokens=True, limit=limit, blocks=blocks)
     return Crops(images, backbone, tokens=False, limit=limit - tokens.bytes), tokens if tokens.bytes else None
 
 
@@ -564,7 +566,7 @@ def train_network(
         reg_on: see `Objective`.
         epochs: passes over the images to train on.
         batch_size: images per step, as many mixed ones beside them.
-        learning_rate: of experts and norm.
+        learning_rate: of the trained blocks and the norm.
         head_learning_rate: of router and heads.
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
@@ -583,15 +585,15 @@ def train_network(
     """
     validation, kept = None, 0
     if len(split.held):
-        crops = Crops(split.part(split.held), backbone, tokens=True, limit=cache_limit)
+        crops = Crops(split.part(split.held), backbone, tokens=True, limit=cache_limit, blocks=network.blocks)
         validation, kept = Validation(network, crops, split.labels[split.held], head, found.accuracy), crops.bytes
     views = LiveViews(split.part(split.rows), backbone.transform, scale=(crop_scale, 1.0), seed=seed)
-    pixels, tokens = (views, None) if augment else _centre(backbone, split, cache_limit - kept)
+    pixels, tokens = (views, None) if augment else _centre(backbone, split, cache_limit - kept, network.blocks)
     objective = Objective(
         network,
         split.labels[split.rows],
         pixels,
-        partial(_prefix, backbone),
+        partial(_prefix, backbone, network.blocks),
         tokens=tokens,
         accuracy=(lambda epoch: found.accuracy) if validation is None else validation.accuracy,
         reg_on=reg_on,

@@ -130,7 +130,7 @@ class SeTAR(Detector):
         if not isinstance(template, str):
             raise UsageError(f"{self.name!r} searches with one template, got {len(template)}: give a string.")
         common: dict[str, Any] = {
-            "class_names": self.class_names or None,
+            "class_names": self._given_names or None,
             "template": template,
             "ood_weight": self.ood_weight,
             "k": self.cells_k,
@@ -159,7 +159,7 @@ class SeTAR(Detector):
         backbone = self._unedited()
         edited = edit.apply(backbone)
         made = edit.record.get("search") or edit.record.get("finetune") or {}
-        class_names = self.class_names or list(made.get("class_names", []))
+        class_names = self._given_names or list(made.get("class_names", []))
         inner = self._new_inner(class_names)
         inner._set_backbone(edited)
         if not inner.fitted:

@@ -297,16 +297,25 @@ class Backbone(ABC):
 
     # ---- images
 
-    def prefix(self, x: Tensor) -> Tensor:
-        """Input tokens of the last block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
+    def prefix(self, x: Tensor, blocks: int = 1) -> Tensor:
+        """Input tokens of the last blocks, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
 
         A network without known blocks gives the image embedding.
+
+        Args:
+            x: transformed images [B, 3, H, W] on the backbone's device, in its precision.
+            blocks: how many of the last blocks to leave out.
+
+        Raises:
+            ValueError: more blocks than there are, or none.
         """
         x = self.embed(x)
         layers = self.layers()
-        for layer in layers[:-1]:
+        if layers and not 1 <= blocks <= len(layers):
+            raise ValueError(f"blocks={blocks} is outside [1, {len(layers)}], the blocks of {self.spec!r}.")
+        for layer in layers[:-blocks]:
             x = layer(x)
-        return layers[-1].enter(x) if layers else x
+        return layers[-blocks].enter(x) if layers else x
 
     @torch.no_grad()
     def encode(

@@ -9,7 +9,7 @@ import inspect
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ood_core._files import write_atomically, write_json
 from ood_core.backbones import create_backbone
-from ood_core.backbones.base import Backbone
+from ood_core.backbones.base import FEATURES, Backbone
 from ood_core.calibration import Calibration, benjamini_hochberg, check_tpr, features_hash, scores_hash
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
@@ -89,6 +89,7 @@ class Detector(ABC):
         self._backbone: Backbone | None = None
         self._backbone_record: dict[str, str] = {}
         self.class_names = list(class_names or [])
+        self._given_names = list(self.class_names)
         self.template = template
         self.state: dict[str, Tensor] = {}
         self.threshold: float | None = None
@@ -168,6 +169,8 @@ class Detector(ABC):
                 f"These features are of backbone {features.backbone!r} ({features.fingerprint[:12]}), the detector "
                 f"is of {self._backbone_record['spec']!r} ({expected[:12]}). Extract them again."
             )
+        for need in sorted(self.needs & set(FEATURES)):
+            check_finite(self.name, need, features)
 
     # ---- fitting and scoring
 
@@ -182,10 +185,10 @@ class Detector(ABC):
 
         Raises:
             UsageError: features that lack what the method needs, or of another backbone.
-            DataError: labels that are missing or unknown.
+            DataError: labels that are missing or unknown, or features that are NaN or infinite.
         """
         self._check_features(features)
-        self._fit(features)
+        self._fit(self._in_single_precision(features))
         if features.fingerprint and not self._backbone_record:
             self._backbone_record = {"spec": features.backbone, "fingerprint": features.fingerprint}
         self._forget_calibration()
@@ -198,10 +201,10 @@ class Detector(ABC):
         Raises:
             NotFittedError: before `fit`, for methods that need it.
             UsageError: features that lack what the method needs, or of another backbone.
+            DataError: features that are NaN or infinite.
         """
         self._check_scorable(features)
-        starts = range(0, len(features), self.chunk)
-        return torch.cat([self._score(features[start : start + self.chunk]) for start in starts]).float().cpu()
+        return torch.cat([self._score(part) for part in self._parts(features)]).float().cpu()
 
     @torch.no_grad()
     def predict(self, features: FeatureSet) -> Tensor | None:
@@ -213,11 +216,20 @@ class Detector(ABC):
         Raises:
             NotFittedError: before `fit`, for methods that need it.
             UsageError: features that lack what the method needs, or of another backbone.
+            DataError: features that are NaN or infinite.
         """
         self._check_scorable(features)
-        starts = range(0, len(features), self.chunk)
-        parts = [self._predict(features[start : start + self.chunk]) for start in starts]
+        parts = [self._predict(part) for part in self._parts(features)]
         return None if parts[0] is None else torch.cat([part for part in parts if part is not None]).cpu()
+
+    def _parts(self, features: FeatureSet) -> Iterator[FeatureSet]:
+        starts = range(0, len(features), self.chunk)
+        return (self._in_single_precision(features[start : start + self.chunk]) for start in starts)
+
+    def _in_single_precision(self, features: FeatureSet) -> FeatureSet:
+        """What weights and banks are kept in; features may have been stored in any other."""
+        columns = features._columns()
+        return features._with_columns(columns | {need: columns[need].float() for need in self.needs})
 
     def correct(self, features: FeatureSet) -> Tensor | None:
         """Which predictions are right, bool [M], of the images whose label is one of `class_names`.
@@ -389,11 +401,11 @@ class Detector(ABC):
     # ---- labels
 
     def _class_labels(self, features: FeatureSet) -> Tensor:
-        """Labels as indices into `class_names`, matched by name; takes the names over if none are set."""
+        """Labels as indices into `class_names`, matched by name; takes the names over if none were given."""
         if features.labels is None:
             raise DataError(f"{self.name!r} needs labelled images to fit; these have no labels.")
-        if not self.class_names:
-            self.class_names = list(features.label_names)
+        # Those of an earlier fit do not count: it may have left classes out.
+        self.class_names = list(self._given_names or features.label_names)
         table = match_labels(features.label_names, self.class_names)
         used = sorted(set(features.labels.tolist()) - {-1})
         if unknown := [features.label_names[i] for i in used if table[i] < 0]:
@@ -495,7 +507,8 @@ class Detector(ABC):
             made = kind._empty(path, config)
         except TypeError as error:
             raise DataError(f"{path} was saved by another version of {config['detector']!r}: {error}.") from error
-        made.state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+        # Copies lie in memory as fitted tensors do: the last bits of products depend on the place.
+        made.state = {k.removeprefix("state."): v.clone() for k, v in tensors.items() if k.startswith("state.")}
         if "calibration" in tensors:
             made._keep(_read_calibration(config, tensors))
         made._backbone_record = config["backbone"]
@@ -548,6 +561,29 @@ def holds_images(data: Any) -> bool:
     if isinstance(data, ImageSource | str | Path | Image.Image):
         return True
     return isinstance(data, list | tuple) and bool(data) and isinstance(data[0], Image.Image)
+
+
+def check_finite(name: str, need: str, features: FeatureSet) -> None:
+    """Refuse features that are no numbers: scores would be none either, or wrong ones.
+
+    Args:
+        name: of the detector.
+        need: the feature to look at.
+        features: at least one image.
+
+    Raises:
+        DataError: NaN or infinite values.
+    """
+    values = features.get(need)
+    if values.sum().isfinite():  # unlike a mask, takes no memory
+        return
+    broken = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+    if broken:  # else only the sum is too large for its precision
+        raise DataError(
+            f"{name!r} cannot read these features: {need!r} holds NaN or infinite values for {len(broken)} of "
+            f"{len(values)} images, the first {features.ids[broken[0]]!r}. Extract them again, or leave these images "
+            "out."
+        )
 
 
 def _without_nan(scores: Tensor, name: str) -> Tensor:

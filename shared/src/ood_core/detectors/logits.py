@@ -80,7 +80,8 @@ class LogitDetector(Detector):
         if len(classes) == 2:  # scikit-learn keeps one row for two classes
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         self.class_names = [self.class_names[i] for i in classes]
-        self.state = {"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(bias).float()}
+        # Contiguous, as it will be loaded: products differ in the last bits with the order in memory.
+        self.state = {"weight": torch.from_numpy(weight).float().contiguous(), "bias": torch.from_numpy(bias).float()}
 
     def logits(self, features: FeatureSet) -> Tensor:
         """Logits [N, C] in the order of `class_names`."""

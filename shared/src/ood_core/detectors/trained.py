@@ -36,7 +36,7 @@ class TrainedDetector(Detector):
 
         A name given twice is told apart only where the labels' list is the class list itself.
         """
-        names = self.class_names or list(images.label_names)
+        names = self._given_names or list(images.label_names)
         plain = Counter(name.replace("_", " ").strip() for name in names)
         doubled = [name for name, count in plain.items() if count > 1]
         if doubled and names != list(images.label_names):
