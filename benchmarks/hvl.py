@@ -13,21 +13,24 @@ import argparse
 import itertools
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ood_core import ParquetImages, create_backbone
+from ood_core import ParquetImages, create_backbone, create_detector, evaluate
 from ood_core._files import write_json
 from ood_core._protocols.catalog import set_entry
 from ood_core.backbones.base import Backbone
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
 from ood_core.evaluation import environment
+from ood_core.runs import Run, kept_runs
 from ood_hvl.layouts import Layout, Task
 from ood_hvl.layouts.survey import relabelled
 from ood_hvl.reproduce import STUDIES
 from ood_hvl.runner import BASELINES, pyramid_features, run_layout, summarise
+from ood_mofe.runner import variants
 
 RESULT = Path(__file__).parent / "results" / "hvl.json"
 # The protocols' own names of the classes, by the packs' labels.
@@ -38,6 +41,10 @@ SKIN = KNOWN | {
     for title in ("actinic keratosis", "basal cell carcinoma", "benign keratosis")
     for label, name in set_entry(title)["classes"].items()
 }
+# As the usual fine-tuning of a last block has it: no experts, no mixed images.
+FINE_TUNED = {"moe": False, "mixup": False, "epochs": 10, "batch_size": 64, "augment": False}
+FINE_TUNED |= {"learning_rate": 1e-4, "head_learning_rate": 1e-2}
+SHOWN = ("msp", "knn")
 
 
 def open_packs(packs: Path) -> JoinedSources:
@@ -93,6 +100,30 @@ def smaller(layout: Layout, count: int) -> Layout:
     return Layout(layout.name, source, [Task(task.name, task.class_names, source, rows)], [], [])
 
 
+def fine_tuned(layout: Layout, backbone: Backbone, args: argparse.Namespace, folder: Path) -> list[Run]:
+    """A uni-modal model: the last block of the image tower and a linear head, trained on the same images."""
+    (task,) = layout.tasks
+    images = {part: task.source.subset(at) for part, at in task.rows.items()}
+    unknown = {name: source for name, source in images.items() if name not in ("train", "test")}
+
+    def make(seed: int) -> list[Run]:
+        made = {"class_names": task.class_names, "seed": seed, **FINE_TUNED}
+        detector: Any = create_detector("mofe", backbone=backbone, **made)
+        detector.fit(images["train"], progress=False)
+        scores = {f"last block fine-tuned, {name}": one for name, one in variants(detector).items() if name in SHOWN}
+        found = evaluate(scores, id=images["test"], ood=unknown, bootstrap=args.bootstrap).results["detectors"]
+        return [
+            {"task": task.name, "seed": seed, "detector": name, "accuracy": of["accuracy"], "per_set": of["per_set"]}
+            | {measure: of["average"][measure] for measure in ("auroc", "fpr95")}
+            for name, of in found.items()
+        ]
+
+    recipe = {"options": FINE_TUNED, "backbone": backbone.fingerprint, "source": task.source.fingerprint}
+    return [
+        run for seed in args.seeds for run in kept_runs(folder / f"fine-tuned-{seed}.json", recipe, partial(make, seed))
+    ]
+
+
 def figures(runs: list[dict[str, Any]], layout: Layout) -> dict[str, Any]:
     """Summary by detector, the near sets (unknown of the same kind) and the far ones apart."""
     far = {"histology", "textures", "dermoscopy"}
@@ -144,7 +175,10 @@ def main() -> int:
         for layout in layouts:
             folder = args.work / backbone.fingerprint[:12] / "main" / layout.name
             options = {"seeds": args.seeds, "baselines": BASELINES, "folder": folder, "bootstrap": args.bootstrap}
-            results[layout.name] = figures(run_layout(layout, backbone, features, **options), layout)
+            runs = run_layout(layout, backbone, features, **options)
+            if len(layout.tasks) == 1:
+                runs += fine_tuned(layout, backbone, args, folder)
+            results[layout.name] = figures(runs, layout)
             for name, row in results[layout.name].items():
                 print(f"{layout.name} {name}: AUROC {row['auroc']['mean']:.3f}", flush=True)
     if "parts" in args.which:

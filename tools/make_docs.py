@@ -1,4 +1,5 @@
-"""Turn the results of benchmarks into docs/benchmarks.md and docs/tiny.md: no number there is typed by hand.
+"""Turn the results of benchmarks into docs/benchmarks.md, docs/tiny.md and the marked parts of other pages: no number
+there is typed by hand.
 
 uv run python tools/make_docs.py
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -368,6 +370,95 @@ Made by `uv run python benchmarks/mofe.py --packs FOLDER --work FOLDER`; {hardwa
 """
 
 
+def together(results: dict) -> str:
+    parts = [
+        f"""## All methods together
+
+Every detector with the options that the demo gives it, and fusions that were named in advance (`p_value` scale), on at
+most {results["images"]:,} images per set: AUROC / FPR95 in percent, in brackets half the width of the 95 % bootstrap
+interval of the AUROC. Backbone `{results["environment"]["backbone"]["spec"]}` (fingerprint
+`{results["environment"]["backbone"]["fingerprint"][:12]}`): these numbers compare methods, not models.
+"""
+    ]
+    for name, found in results["protocols"].items():
+        ranked = sorted(found["detectors"].items(), key=lambda item: -item[1]["average"]["auroc"])
+        kinds = sorted(set(found["data"]["set_kinds"].values()), reverse=True)
+        rows = [[label, cell(f["average"]), *(mean_of_kind(f, found, kind) for kind in kinds)] for label, f in ranked]
+        best = {what: next(row for row in ranked if ("fusion" in row[0]) == what) for what in (False, True)}
+        gain = 100 * (best[True][1]["average"]["auroc"] - best[False][1]["average"]["auroc"])
+        parts.append(f"`{name}`:\n\n{table(['detector', 'average', *kinds], rows)}")
+        parts.append(
+            f"The best fusion here ({best[True][0]}) is {abs(gain):.1f} points {'above' if gain > 0 else 'below'} the "
+            f"best member ({best[False][0]}), both picked by these very figures.\n"
+        )
+    parts.append(
+        "Made by `uv run python benchmarks/together.py --packs FOLDER --work FOLDER`; "
+        + hardware(results["environment"])
+        + "."
+    )
+    return "\n".join(parts) + "\n"
+
+
+def mean_of_kind(figures: dict, found: dict, kind: str) -> str:
+    chosen = [f for name, f in figures["per_set"].items() if found["data"]["set_kinds"][name] == kind]
+    return cell({m: statistics.fmean(f[m] for f in chosen) for m in ("auroc", "fpr95")})
+
+
+def expert_dispatch(results: dict) -> str:
+    c, memory, faster = results["case"], results["peak_mebibytes"], results["class_token_times_faster"]
+    rows = [[name, f"{ms:,.1f} ms", f"{memory[name]:,.0f} MiB"] for name, ms in results["milliseconds"].items()]
+    usual = [[name, f"{ratio:.2f}"] for name, ratio in results["usual_over_ours"].items()]
+    return f"""## Experts: the class token alone, and dispatch
+
+{c["batch"]} images of {c["tokens"]} tokens, width {c["width"]}, {c["heads"]} heads, {c["experts"]} experts,
+{c["dtype"]} on {c["device"]}; medians of {results["rounds"]} rounds. The class token alone is
+{faster["one expert"]:.0f} times as fast as the block on all tokens with one expert, {faster["routed"]:.0f} times with
+routing; all ways give the same.
+
+{table(["way", "time", "memory added"], rows)}
+{table(["usual way", "its time over ours"], usual)}
+Made by `uv run python benchmarks/expert_dispatch.py`; {hardware(results["environment"])}.
+"""
+
+
+def mofe_training_step(results: dict) -> str:
+    s = results["settings"]
+    rows = [
+        [name, f"{r['seconds']:.2f} s", f"{r['times_ours']:.2f}", f"{r['mebibytes']:,.0f} MiB"]
+        for name, r in results["results"].items()
+    ]
+    return f"""## A training step of MoFE
+
+All losses and gradients of {s["batch"]} clean and as many mixed images, {s["experts"]} experts, `{s["backbone"]}`
+(random weights); the losses agree.
+
+{table(["way", "time", "times ours", "memory added"], rows)}
+Made by `uv run python benchmarks/mofe_training_step.py`; {hardware(results["environment"])}.
+"""
+
+
+def peers(results: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["peers"].items())
+    parts = [
+        f"""## Beside other libraries
+
+The same job on the same random data, in one process; "difference" is the largest to our result ({versions}).
+"""
+    ]
+    for task, found in results["results"].items():
+        rows = [
+            [name, f"{1000 * r['seconds']:,.0f} ms", f"{r['times_ours']:.2f}", f"{r['mebibytes']:,.0f} MiB", off(r)]
+            for name, r in found.items()
+        ]
+        parts.append(f"{task}:\n\n{table(['library', 'time', 'times ours', 'memory added', 'difference'], rows)}")
+    parts.append(f"Made by `uv run python benchmarks/peers.py`; {hardware(results['environment'])}.")
+    return "\n".join(parts) + "\n"
+
+
+def off(row: dict) -> str:
+    return f"{row['difference']:.1e}" if row["difference"] else "0"
+
+
 def over_seeds(values: list[float]) -> str:
     if not values:
         return ""
@@ -435,9 +526,123 @@ def curves() -> str:
     return f'<svg {style} viewBox="0 0 {width} {height}">\n' + "\n".join(lines) + "\n</svg>\n"
 
 
+def published(package: str, rows: Callable[[dict], list[list[str]]], header: list[str]) -> str:
+    """The averages of a paper's first table, as it prints them."""
+    found = json.loads(next((ROOT / "packages").glob(f"*/src/{package}/published/table1.json")).read_text())
+    return f"{found['source']}, percent:\n\n{table(header, rows(found))}"
+
+
+MEASURES = ("auroc", "fpr95")
+
+
+def printed(average: dict, *names: str) -> list[str]:
+    return ["" if name not in average else f"{average[name]:.2f}" for name in names]
+
+
+def paper_iim() -> str:
+    def rows(found: dict) -> list[list[str]]:
+        return [[r["id"], f"{r['shots']}", r["method"], *printed(r["average"], *MEASURES)] for r in found["rows"]]
+
+    return published("ood_iim", rows, ["known", "images per class", "method", "AUROC", "FPR95"])
+
+
+def paper_setar() -> str:
+    def rows(found: dict) -> list[list[str]]:
+        return [
+            [
+                r["id"],
+                r["backbone"],
+                r["score"],
+                r["method"],
+                r["origin"] or "",
+                *printed(r["average"], *MEASURES),
+            ]
+            for r in found["rows"]
+        ]
+
+    return published("ood_setar", rows, ["known", "backbone", "score", "method", "origin", "AUROC", "FPR95"])
+
+
+def paper_hvl() -> str:
+    def rows(found: dict) -> list[list[str]]:
+        return [[r["method"], *printed(r["average"], "accuracy", *MEASURES)] for r in found["rows"]]
+
+    return published("ood_hvl", rows, ["method", "accuracy", "AUROC", "FPR95"])
+
+
+def paper_mofe() -> str:
+    def rows(found: dict) -> list[list[str]]:
+        return [
+            [r["backbone"], r["method"], *printed(r["average"], *MEASURES), *printed(r, "accuracy")]
+            for r in found["rows"]
+        ]
+
+    return published("ood_mofe", rows, ["backbone", "method", "AUROC", "FPR95", "accuracy"])
+
+
+def scaling() -> str:
+    """What a billion images take at the rates that were measured."""
+    parts = []
+    for path in sorted(RESULTS.glob("extraction*.json")):
+        results = json.loads(path.read_text())
+        rows = [
+            [name, dtype, f"{rate:,.1f}", f"{1e9 / 3600 / rate:,.0f}"]
+            for name, figures in results["results"].items()
+            for dtype in ("float32", "bfloat16")
+            if (rate := figures.get(f"{dtype} cold images/s"))
+        ]
+        rates = table(["backbone, decoding processes", "weights", "images per second", "machine-hours for 1e9"], rows)
+        parts.append(
+            f"From image files to features, image and local ones, on {hardware(results['environment'])}:\n\n{rates}"
+        )
+    parts.append(f"Kept features are float32, 4 d bytes for an image and 4 P d for its P patches:\n\n{stored()}")
+    if step := read("topk_patch_softmax"):
+        shape, ours = step["shape"], step["milliseconds_per_image"]["ours"]
+        parts.append(
+            f"Behind the pass: the patch scores of {shape['C']:,} classes and {shape['M']} negatives take "
+            f"{ours:.1f} ms per image on cached features of ViT-B/16, {1e9 / 3.6e6 * ours:,.0f} machine-hours for 1e9 "
+            f"({hardware(step['environment'])}).\n"
+        )
+    return "\n".join(parts)
+
+
+def stored() -> str:
+    """Bytes per image of kept features."""
+    tiny = json.loads((ROOT / "shared/src/ood_core/tiny/config.json").read_text())["model"]
+    shapes = {"tiny": (tiny["embed_dim"], (tiny["image_size"] // tiny["patch_size"]) ** 2)}
+    if step := read("topk_patch_softmax"):
+        shapes["ViT-B/16 of CLIP"] = (step["shape"]["d"], step["shape"]["P"])
+    sizes = {
+        f"{name}, {what}": 4 * width * count
+        for name, (width, patches) in shapes.items()
+        for what, count in (("image", 1), (f"local ({patches} patches)", patches))
+    }
+    if cost := read("hvl_cost"):
+        sizes[f"HVL's pyramid, n = {cost['settings']['n']}"] = cost["results"]["cache_bytes_per_image"]
+    rows = [[name, f"{size:,}", f"{size / 1e3:,.1f}"] for name, size in sizes.items()]
+    return table(["features", "bytes per image", "TB for 1e9"], rows)
+
+
+FRAGMENTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "scaling": ("scaling.md", scaling),
+    "iim": ("iim.md", paper_iim),
+    "setar": ("setar.md", paper_setar),
+    "hvl": ("hvl.md", paper_hvl),
+    "mofe": ("mofe.md", paper_mofe),
+}
+
+
+def filled(text: str, name: str, fragment: str) -> str:
+    """A page with what stands between its marks for `name` replaced."""
+    start, end = f"<!-- made by tools/make_docs.py: {name} -->\n", "<!-- end -->"
+    before, rest = text.split(start)
+    return f"{before}{start}\n{fragment}\n{end}{rest.split(end, 1)[1]}"
+
+
 def main() -> None:
     sections = {
         "tiny_imagenet_100": protocol,
+        "together": together,
         "iim": iim,
         "iim_localisation": iim_localisation,
         "setar": setar,
@@ -446,10 +651,13 @@ def main() -> None:
         "hvl_boundary": hvl_boundary,
         "hvl_cost": hvl_cost,
         "mofe": mofe,
+        "mofe_training_step": mofe_training_step,
+        "expert_dispatch": expert_dispatch,
         "bfloat16": bfloat16,
         "extraction": extraction,
         "topk_patch_softmax": topk_patch_softmax,
         "iim_training_step": iim_training_step,
+        "peers": peers,
     }
     parts = ["# Benchmarks\n"]
     parts += [render(results) for name, render in sections.items() if (results := read(name)) is not None]
@@ -457,6 +665,9 @@ def main() -> None:
     if (RESULTS / "tiny_training.csv").exists():
         (ROOT / "docs" / "tiny.md").write_text(tiny_page())
         (ROOT / "docs" / "tiny_curves.svg").write_text(curves())
+    for name, (page, render_fragment) in FRAGMENTS.items():
+        path = ROOT / "docs" / page
+        path.write_text(filled(path.read_text(), name, render_fragment()))
 
 
 if __name__ == "__main__":
