@@ -31,7 +31,7 @@ from ood_core._files import write_json
 from ood_core.evaluation import environment
 from ood_mofe import StackedExperts
 from ood_mofe.dispatch import expert_class_token, expert_tokens
-from ood_mofe.dispatch.torch import _folded
+from ood_mofe.dispatch.torch import class_token
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "expert_dispatch.json"
@@ -69,7 +69,8 @@ def masked_class_token(tokens: Tensor, expert: Tensor, experts: StackedExperts) 
     out = torch.empty_like(tokens[:, 0])
     for e in range(len(experts)):
         mine = expert == e
-        out[mine] = _folded(e, tokens[mine], experts)
+        if mine.any():
+            out[mine] = class_token(tokens[mine], expert[mine], experts)
     return out
 
 

@@ -128,6 +128,7 @@ def main() -> int:
     parser.add_argument("--head-learning-rate", type=float, default=1e-2)
     parser.add_argument("--augment", action="store_true", help="new crops in every epoch; else tokens are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--mixed-seeds", type=int, help="as many where images are mixed, which takes minutes")
     parser.add_argument("--which", nargs="+", default=["frozen", "main", "variations"])
     parser.add_argument("--only", nargs="+", help="of the rows")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -143,7 +144,8 @@ def main() -> int:
         made = {name: create_detector(method, **options).fit(train) for name, (method, options) in FROZEN.items()}
         runs["frozen"] = [{"seed": None, "scores": judge(made, sets.of_backbone())}]
         _tell("frozen", runs["frozen"][-1])
-    rows = [(label, options, args.seeds) for label, options in MAIN.items() if "main" in args.which]
+    seeds_of = {False: args.seeds, True: args.seeds[: args.mixed_seeds]}
+    rows = [(label, of, seeds_of[of.get("mixup", True)]) for label, of in MAIN.items() if "main" in args.which]
     rows += [(label, options, args.seeds[:1]) for label, options in VARIATIONS.items() if "variations" in args.which]
     for label, options, seeds in rows:
         if args.only and label not in args.only:

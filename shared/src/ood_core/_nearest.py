@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ood_core import _check
 
 __all__ = ["distance_to_kth"]
 
-_ROWS = 2**16  # of the bank, in memory at a time
-_QUERIES = 256
-_PAIRS = 2**14  # of a query and an entry
-_GROUP = 64  # cosines in one maximum
-_SLACK = 16  # candidates beyond k, for ties that rounding has brought out of order
+_ROWS = 2**14  # of the bank, in memory at a time
+_QUERIES = 512
+_SLACK = 16  # candidates to both sides of k, for what rounding has brought out of order
 
 
 def distance_to_kth(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     """Euclidean distance of each query to its k-th nearest entry.
 
-    Cosines only choose candidates: 2 - 2 cos has no digits left for near neighbours, so that candidates are ranked
-    again by the distance itself.
+    Cosines only choose candidates: 2 - 2 cos has no digits left for near neighbours, so that those around the k-th are
+    ranked again by the distance itself.
 
     Args:
         queries: [N, d] unit norm.
-        bank: [K, d] unit norm, of any floating type and on any device; it is read once, in parts.
+        bank: [K, d] unit norm, of any floating type and on any device; it is read once, in parts, and then only at the
+            candidates.
         k: 1 to K.
 
     Returns:
@@ -37,41 +35,31 @@ def distance_to_kth(queries: Tensor, bank: Tensor, k: int) -> Tensor:
         ValueError: NaN in the bank.
     """
     parts = queries.split(_QUERIES)
-    found: list[tuple[Tensor, Tensor]] = [(q.new_empty(len(q), 0), q.new_empty(len(q), 0)) for q in parts]
-    for chunk in _chunks(bank, queries):
-        for i, part in enumerate(parts):
-            found[i] = _merge(part, chunk, *found[i], k)
-    return torch.cat([distance.kthvalue(k).values for _, distance in found])
+    best: list[tuple[Tensor, Tensor]] = [(q.new_empty(len(q), 0), q.new_empty(len(q), 0).long()) for q in parts]
+    for start, chunk in _chunks(bank, queries):
+        for number, part in enumerate(parts):
+            cosine, column = (part @ chunk.T).topk(min(k + _SLACK, len(chunk)))
+            best[number] = _merged(best[number], (cosine, column + start), k + _SLACK)
+    pairs = zip(parts, best, strict=True)
+    return torch.cat([_ranked_again(part, bank, entries, k) for part, (_, entries) in pairs])
 
 
-def _chunks(bank: Tensor, like: Tensor) -> Iterator[Tensor]:
-    for chunk in bank.split(_ROWS):
-        yield from _check.tensors(bank=(chunk.to(like), "K d"))
+def _chunks(bank: Tensor, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(bank), _ROWS):
+        (chunk,) = _check.tensors(bank=(bank[start : start + _ROWS].to(like), "K d"))
+        yield start, chunk
 
 
-def _merge(queries: Tensor, chunk: Tensor, cosine: Tensor, distance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and distances [N, <= k + slack] of the best candidates so far."""
-    known = cosine.shape[1]
-    near, column = _largest(queries @ chunk.T, k + _SLACK)
-    cosine = torch.cat([cosine, near], 1)
-    cosine, kept = cosine.topk(min(k + _SLACK, cosine.shape[1]))
-    distance = torch.cat([distance, near], 1).gather(1, kept)
-    row, place = (kept >= known).nonzero(as_tuple=True)
-    distance[row, place] = _distances(queries, row, chunk, column[row, kept[row, place] - known])
-    return cosine, distance
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The entries of the largest cosines of both, largest first."""
+    cosine, entry = (torch.cat(both, 1) for both in zip(one, other, strict=True))
+    cosine, kept = cosine.topk(min(count, cosine.shape[1]))
+    return cosine, entry.gather(1, kept)
 
 
-def _distances(queries: Tensor, row: Tensor, chunk: Tensor, column: Tensor) -> Tensor:
-    pairs = zip(row.split(_PAIRS), column.split(_PAIRS), strict=True)
-    return torch.cat([(queries[i] - chunk[j]).norm(dim=-1) for i, j in pairs])
-
-
-def _largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(count)`, without looking at every value: the largest lie in the groups of the largest maxima."""
-    columns = x.shape[1]
-    if columns <= count * _GROUP:
-        return x.topk(min(count, columns))
-    groups = F.pad(x, (0, -columns % _GROUP), value=-torch.inf).unflatten(1, (-1, _GROUP))
-    best = groups.amax(-1).topk(count).indices
-    values, at = groups.gather(1, best[..., None].expand(-1, -1, _GROUP)).flatten(1).topk(count)
-    return values, best.gather(1, at // _GROUP) * _GROUP + at % _GROUP
+def _ranked_again(queries: Tensor, bank: Tensor, entries: Tensor, k: int) -> Tensor:
+    """Distance to the k-th of entries [N, M] that are sorted by cosine: those near rank k are sorted by distance."""
+    surely_nearer = max(0, k - 1 - _SLACK)
+    columns = entries[:, surely_nearer:].T.to(bank.device)
+    distances = torch.stack([(queries - bank[column].to(queries)).norm(dim=-1) for column in columns], 1)
+    return distances.kthvalue(k - surely_nearer).values
