@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from ood_core.backbones import create_backbone, list_backbones
+from ood_core.backbones import _resolve_device, create_backbone, list_backbones
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.open_clip import image_transform as open_clip_transform
 from ood_core.backbones.timm import TimmBackbone
@@ -1130,6 +1130,18 @@ def test_listed_backbones_start_with_the_embedded_one():
 def test_unknown_names_list_the_nearest(spec, message):
     with pytest.raises(UsageError, match=message):
         create_backbone(spec)
+
+
+def test_every_process_of_a_launcher_takes_its_own_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _resolve_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _resolve_device("cuda") == torch.device("cuda:1")
+    assert _resolve_device("cuda:0") == torch.device("cuda:0")
+    assert _resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="2 CUDA devices found"):
+        _resolve_device("cuda")
 
 
 def test_unknown_devices():

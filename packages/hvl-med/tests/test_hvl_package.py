@@ -13,7 +13,7 @@ def python(code):
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_the_command_answers(option):
-    done = python(f"import sys; from ood_hvl.cli import main; sys.exit(main([{option!r}]))")
+    done = subprocess.run([sys.executable, "-m", "ood_hvl", option], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     expected = f"ood-hvl {ood_hvl.__version__}" if option == "--version" else "usage: ood-hvl"
     assert done.stdout.startswith(expected)

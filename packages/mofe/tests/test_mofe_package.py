@@ -13,7 +13,7 @@ def python(code):
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_the_command_answers(option):
-    done = python(f"import sys; from ood_mofe.cli import main; sys.exit(main([{option!r}]))")
+    done = subprocess.run([sys.executable, "-m", "ood_mofe", option], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     expected = f"ood-mofe {ood_mofe.__version__}" if option == "--version" else "usage: ood-mofe"
     assert done.stdout.startswith(expected)

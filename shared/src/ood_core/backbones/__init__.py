@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,9 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"Unknown device {device!r}: use 'cpu', 'cuda' or 'cuda:1'.") from error
+    if resolved.type == "cuda" and resolved.index is None and "LOCAL_RANK" in os.environ:
+        # Launchers number the processes of a machine; each takes a device of its own.
+        resolved = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"Device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found): use 'cpu'.")
     return resolved
