@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak
+from memory import added_at_peak, in_own_process
 from ood_core._files import write_json
 from ood_core.evaluation import environment
 from ood_mofe import StackedExperts
@@ -213,10 +211,7 @@ def compare(case: Case) -> None:
 
 def peak(case: Case, name: str) -> float:
     """MiB that a job adds at its peak, measured in a process of its own."""
-    code = f"from expert_dispatch import *; print(measure(Case(**{asdict(case)!r}), {name!r}))"
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return in_own_process("expert_dispatch", f"measure(Case(**{asdict(case)!r}), {name!r})")
 
 
 def measure(case: Case, name: str) -> float:

@@ -13,13 +13,12 @@ benchmarks/results/mofe_training_step.json.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from memory import added_at_peak
+from memory import added_at_peak, in_own_process
 from ood_core import create_backbone
 from ood_core._files import write_json
 from ood_core.evaluation import environment
@@ -70,10 +69,7 @@ def measure(name: str, batch: int) -> float:
 
 
 def peak(name: str, batch: int) -> float:
-    code = f"from mofe_training_step import measure; print(measure({name!r}, {batch}))"
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return in_own_process("mofe_training_step", f"measure({name!r}, {batch})")
 
 
 def main() -> int:

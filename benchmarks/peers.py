@@ -10,7 +10,6 @@ peer's result and ours. Writes benchmarks/results/peers.json.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak
+from memory import added_at_peak, in_own_process
 from ood_core import functional
 from ood_core._files import write_json
 from ood_core.evaluation import environment
@@ -107,10 +106,7 @@ def measure(task: str, job: str) -> float:
 
 
 def peak(task: str, job: str) -> float:
-    code = f"from peers import measure; print(measure({task!r}, {job!r}))"
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return in_own_process("peers", f"measure({task!r}, {job!r})")
 
 
 def main() -> int:

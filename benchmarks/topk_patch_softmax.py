@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak
+from memory import added_at_peak, in_own_process
 from ood_core._files import write_json
 from ood_core.evaluation import environment
 from ood_core.ops import topk_patch_softmax
@@ -78,10 +76,7 @@ def timed(job: Callable[..., None], tensors: tuple[Tensor, ...], device: str) ->
 
 def peak(name: str, batch: int, device: str) -> float:
     """MiB that a job adds at its peak, measured in a process of its own."""
-    code = f"from topk_patch_softmax import measure; print(measure({name!r}, {batch}, {device!r}))"
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return in_own_process("topk_patch_softmax", f"measure({name!r}, {batch}, {device!r})")
 
 
 def measure(name: str, batch: int, device: str) -> float:
