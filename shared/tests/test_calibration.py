@@ -317,13 +317,17 @@ def test_results_say_how_the_threshold_was_set(clustered):
 
 
 def test_scores_that_are_no_numbers_are_never_a_decision():
-    detector = FirstColumn()
+    class Logarithm(FirstColumn):
+        def _score(self, features):
+            return super()._score(features).log()
+
+    detector = Logarithm()
     with pytest.raises(DataError, match=r"gave no number \(NaN\) for 1 of 30"):
-        detector.calibrate(set_of(np.r_[np.arange(29.0), np.nan]))
-    detector.calibrate(set_of(np.arange(30.0)))
+        detector.calibrate(set_of(np.r_[np.arange(1.0, 30.0), -1.0]))
+    detector.calibrate(set_of(np.arange(1.0, 31.0)))
     for decide in (detector.is_ood, detector.p_value):
         with pytest.raises(DataError, match="1 of 2 images"):
-            decide(set_of([1.0, np.nan]))
+            decide(set_of([1.0, -1.0]))
 
 
 def test_least_calibration_and_repetition():
