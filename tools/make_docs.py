@@ -385,6 +385,10 @@ seeds. Trained on {settings["images"]:,} images of the split `fit` (a tenth of t
 which are for a thousand classes with 1.3 million images.
 
 {table(["training", "score", "seeds", "near AUROC", "near FPR95", "far AUROC", "far FPR95", "accuracy"], rows)}
+Where features lie before and after, in the plane in which those of known images spread most:
+
+![features of known and unknown images](mofe_features.png)
+
 Made by `uv run python benchmarks/mofe.py --packs FOLDER --work FOLDER`; {hardware(results["environment"])}.
 """
 
