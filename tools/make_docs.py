@@ -223,8 +223,8 @@ What was dropped, the value of the search from the original weights to the end, 
 
 {table(["run", "share of singular values", "search value", "near ties"], chosen)}
 A likely reason why little is gained: the smallest 40 % of the singular values hold this share of a weight's squared
-norm, in percent. The optimiser that trained this backbone orthogonalises its steps, which leaves nearly flat spectra:
-its minor directions are no remainder of noise, and dropping them changes the search value little.
+norm, in percent. The optimiser that trained this backbone orthogonalises its steps, and its spectra are not much
+steeper than a random matrix's: the minor directions are hardly a remainder of noise that could be dropped to gain.
 
 {table(["weight", "of the backbone", "of a random matrix"], energies)}
 Made by `uv run python benchmarks/setar.py --packs FOLDER --work FOLDER`; {hardware(results["environment"])}.
