@@ -349,7 +349,7 @@ class MoFENetwork(nn.Module):
         """
         require_class_token(backbone)
         check_depth(backbone, expert_layers, unfreeze_blocks)
-        trained = _blocks(backbone)[-(unfreeze_blocks + expert_layers) :]
+        trained = [layer.module for layer in backbone.layers()[-(unfreeze_blocks + expert_layers) :]]
         below = [StackedExperts.from_block(block, 1) for block in trained[:unfreeze_blocks]]
         *lower, last = [StackedExperts.from_block(block, experts) for block in trained[unfreeze_blocks:]]
         if texts is not None:
@@ -446,19 +446,12 @@ def check_ways(*, top_k: int, gate: str, **chosen: str) -> None:
 
 def check_depth(backbone: Backbone, expert_layers: int, unfreeze_blocks: int) -> None:
     """Raise a `UsageError` if a backbone has fewer blocks than are to be trained."""
-    depth = len(_blocks(backbone))
+    depth = len(backbone.layers())
     if expert_layers + unfreeze_blocks > depth:
         raise UsageError(
             f"expert_layers={expert_layers} and unfreeze_blocks={unfreeze_blocks} are {expert_layers + unfreeze_blocks}"
             f" blocks, and {backbone.spec!r} has {depth}: pass fewer."
         )
-
-
-def _blocks(backbone: Backbone) -> list[nn.Module]:
-    """The blocks of the image tower, bottom first: the last one and those that lie with it in the library's list."""
-    last = getattr(backbone.last_block, "layer", backbone.last_block)
-    lists = (list(part) for part in backbone.model.modules() if isinstance(part, nn.ModuleList | nn.Sequential))
-    return next((blocks for blocks in lists if blocks and blocks[-1] is last), [backbone.last_block])
 
 
 def require_class_token(backbone: Backbone) -> None:

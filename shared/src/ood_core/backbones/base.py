@@ -99,12 +99,14 @@ class Layer:
         name: "TOWER.LAYER" as in the names of its weights, e.g. "visual.11".
         block: the library's own block as a function of tokens.
         parts: what the block is made of.
+        module: the library's own module, with the block's weights.
         enter: what lies between the block below and this one (Swin's patch merging), else nothing.
     """
 
     name: str
     block: Callable[[Tensor], Tensor]
     parts: BlockParts
+    module: nn.Module
     enter: Callable[[Tensor], Tensor] = identity
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class OpenCLIPBackbone(Backbone):
 
 def _layers(tower: str, owner: Any, mask: Tensor | None) -> list[Layer]:
     return [
-        Layer(f"{tower}.{index}", partial(block, attn_mask=mask), _block_parts(block, mask))
+        Layer(f"{tower}.{index}", partial(block, attn_mask=mask), _block_parts(block, mask), block)
         for index, block in enumerate(owner.transformer.resblocks)
     ]
 

@@ -104,7 +104,7 @@ class TimmBackbone(Backbone):
             return []
         post_norm = isinstance(self.network, SwinTransformerV2)
         return [
-            Layer(f"visual.{name}", block, _block_parts(block, post_norm), enter)
+            Layer(f"visual.{name}", block, _block_parts(block, post_norm), block, enter)
             for name, block, enter in self._blocks()
         ]
 

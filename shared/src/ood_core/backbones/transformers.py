@@ -349,7 +349,7 @@ class _SwinTower(_Tower):
         for stage, layer in enumerate(self.stages):
             for index, block in enumerate(layer.blocks):
                 enter = identity if index else merge
-                yield Layer(f"visual.{stage}.{index}", _SwinBlock(block), _swin_parts(block), enter)
+                yield Layer(f"visual.{stage}.{index}", _SwinBlock(block), _swin_parts(block), block, enter)
             merge = partial(_merge_patches, layer.downsample)
 
     def image(self, tokens: Tensor) -> Tensor:
@@ -399,7 +399,7 @@ def _plain_layer(name: str, block: Any, names: _Names, mask: Tensor | None) -> L
         block.mlp,
         *scales,
     )
-    return Layer(name, lambda x: block(x, mask), parts)
+    return Layer(name, lambda x: block(x, mask), parts, block)
 
 
 def _swin_parts(block: Any) -> BlockParts:
