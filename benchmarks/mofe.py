@@ -44,12 +44,13 @@ MAIN: dict[str, dict[str, Any]] = {
     "MoFE + Dynamic-beta Mixup": {},
 }
 VARIATIONS: dict[str, dict[str, Any]] = {
-    **{f"{e} experts": {"experts": e, "mixup": False} for e in (1, 2, 3, 7, 8, 9)},
+    **{f"{e} experts": {"experts": e, "mixup": False} for e in (5, 1, 2, 3, 7, 8, 9)},
     "rates x 0.1": {"learning_rate": 1e-5, "head_learning_rate": 1e-3, "mixup": False},
     "rates x 3": {"learning_rate": 3e-4, "head_learning_rate": 3e-2, "mixup": False},
     "grouping by clustering alone": {"grouping": "clustering", "groups": None, "mixup": False},
     "grouping by WordNet alone": {"grouping": "given", "mixup": False},
     "router without norm": {"router_norm": "none", "mixup": False},
+    "mixup as in the main rows": {"moe": False},
     "plain mixup": {"moe": False, "dynamic": False},
     "no regulariser": {"moe": False, "reg": "none"},
     "regulariser on the normed token": {"moe": False, "reg_on": "post_norm"},
@@ -123,6 +124,7 @@ def main() -> int:
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--sweep-epochs", type=int, default=5, help="of the variations, one seed each")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--head-learning-rate", type=float, default=1e-2)
@@ -136,8 +138,7 @@ def main() -> int:
     args = parser.parse_args()
     backbone = create_backbone(args.backbone, dtype="float32")
     work, sets = args.work.expanduser() / backbone.fingerprint[:12], Sets(backbone, args.packs)
-    common = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "head_learning_rate")}
-    common |= {"augment": args.augment}
+    common = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "head_learning_rate", "augment")}
     runs: dict[str, list[dict[str, Any]]] = {}
     if "frozen" in args.which:
         train = sets.frozen_fit()
@@ -145,25 +146,25 @@ def main() -> int:
         runs["frozen"] = [{"seed": None, "scores": judge(made, sets.of_backbone())}]
         _tell("frozen", runs["frozen"][-1])
     seeds_of = {False: args.seeds, True: args.seeds[: args.mixed_seeds]}
-    rows = [(label, of, seeds_of[of.get("mixup", True)]) for label, of in MAIN.items() if "main" in args.which]
-    rows += [(label, options, args.seeds[:1]) for label, options in VARIATIONS.items() if "variations" in args.which]
-    for label, options, seeds in rows:
+    rows = [(label, of, args.epochs, seeds_of[of.get("mixup", True)]) for label, of in MAIN.items()]
+    sweeps = [(label, of, args.sweep_epochs, args.seeds[:1]) for label, of in VARIATIONS.items()]
+    for label, options, epochs, seeds in rows * ("main" in args.which) + sweeps * ("variations" in args.which):
         if args.only and label not in args.only:
             continue
         for seed in seeds:
-            chosen: dict[str, Any] = {"experts": args.experts, **common, "seed": seed, **options}
+            chosen: dict[str, Any] = {"experts": args.experts, "epochs": epochs, **common, "seed": seed, **options}
             if "groups" not in chosen and (chosen.get("moe", True) or chosen.get("group_heads")):
                 chosen["groups"] = word_groups(sets, chosen["experts"])
                 chosen.setdefault("grouping", "both")
             chosen = {name: value for name, value in chosen.items() if value is not None}
-            folder = (
-                work / f"{label}-{args.epochs}-{'augment' if args.augment else 'plain'}".replace(" ", "-") / f"{seed}"
-            )
+            kind = f"{label}-{epochs}-{'augment' if args.augment else 'plain'}".replace(" ", "-")
+            folder = work / kind / f"{seed}"
             runs.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
             _tell(label, runs[label][-1])
             if label == SHOWN and seed == seeds[0] and args.plot:
                 plot(sets, fitted(folder, sets, backbone, chosen), args.plot)
-    settings = common | {"experts": args.experts, "images": len(sets.fit)}
+    settings = common | {"epochs": args.epochs, "sweep_epochs": args.sweep_epochs, "experts": args.experts}
+    settings |= {"images": len(sets.fit)}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
     write_json(args.out, {"protocol": "tiny-imagenet-100", "runs": runs, "settings": settings, "environment": about})
     return 0

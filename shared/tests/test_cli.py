@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from ood_core import create_backbone, create_detector
+from ood_core import create_backbone, create_detector, extract
 from ood_core.cli import main
 from ood_core.data import scenes
+from ood_core.detectors.base import Detector
 from ood_core.fusion import Fusion
 
 CLASSES = scenes.ID_CLASSES[:4]
@@ -105,6 +106,36 @@ def test_evaluate_writes_figures_that_the_scores_give(data, tmp_path, capsys):
     (tmp_path / "out" / "report.html").unlink()
     assert run(capsys, "report", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_rows_name_the_predicted_class_and_decide_by_it(data, tmp_path, capsys):
+    saved, many = tmp_path / "probe", tmp_path / "many"
+    scenes.write_folder(scenes.render(CLASSES, 24, seed=3), many)
+    given = ["--detector", "linear_probe", "--fit", data / "fit", "--id", many, "--out", saved]
+    assert run(capsys, "calibrate", *given)[0] == 0
+    detector = Detector.from_pretrained(saved, backbone=create_backbone("tiny"))
+    features = extract(detector.backbone, data / "noise", needs={"image"})
+    for option in ([], ["--by-class"]):
+        code, out, _ = run(capsys, "score", data / "noise", "--detector", saved, *option, "--json")
+        rows = {row["id"]: row for row in json.loads(out)}
+        assert code == 0
+        names = [detector.class_names[number] for number in detector.predict(features)]
+        assert [rows[name]["linear_probe.class"] for name in features.ids] == names
+        wanted = dict(zip(features.ids, detector.p_value(features, by_class=bool(option)).tolist(), strict=True))
+        assert {name: row["linear_probe.p_value"] for name, row in rows.items()} == pytest.approx(wanted, abs=1e-6)
+        ood = detector.is_ood(features, by_class=bool(option)).tolist()
+        assert [rows[name]["linear_probe.ood"] for name in features.ids] == ood
+
+
+def test_decisions_by_class_need_a_calibrated_detector_that_classifies(data, tmp_path, capsys):
+    code, _, err = run(capsys, "score", data / "noise", "--detector", "knn", "--fit", data / "fit", "--by-class")
+    assert code == 4
+    assert "--by-class needs calibrated detectors, and 'knn' is not" in err
+    given = ["--detector", "knn", "--param", "k=3", "--fit", data / "fit", "--id", data / "val"]
+    assert run(capsys, "calibrate", *given, "--out", tmp_path / "knn")[0] == 0
+    code, _, err = run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", "--by-class")
+    assert code == 2
+    assert "'knn' has no predicted class for these data" in err
 
 
 def test_calibrated_detector_is_saved_and_decides(data, tmp_path, capsys):

@@ -163,7 +163,8 @@ def evaluate(
         for name in named
     }
     accuracy = scored["id"][1]["accuracy"]
-    described = {name: {k: v for k, v in counts.items() if k != "accuracy"} for name, (_, counts) in scored.items()}
+    shown = ("images", "scored", "failures", "fingerprint")
+    described = {name: {key: counts[key] for key in shown} for name, (_, counts) in scored.items()}
     data = {
         "id": described.pop("id"),
         "ood": described,
@@ -198,7 +199,7 @@ def evaluate(
 
 
 def score(
-    detectors: Mapping[str, Detector], data: Data, *, source: str = "id", **extraction: Any
+    detectors: Mapping[str, Detector], data: Data, *, source: str = "id", classify: bool = False, **extraction: Any
 ) -> tuple[ScoreTable, dict[str, Any]]:
     """Score one set with several detectors, images encoded once per backbone.
 
@@ -206,18 +207,27 @@ def score(
         detectors: by name.
         data: the images or their features.
         source: name of the set in the table.
+        classify: also tell what is predicted for images without labels.
         **extraction: for `extract`.
 
     Returns:
-        The table, and what the set held: images scored, failures, fingerprint, and "accuracy" by detector of those
-        that classify, where the labels are known classes.
+        The table, and what the set held: images scored, failures, fingerprint, and of the detectors that classify
+        "predicted" (class numbers of the scored images in the table's order) and "accuracy", where labels are known
+        classes.
     """
-    table, counts = score_leaves(_leaves(detectors), data, source=source, judged=detectors, **extraction)
+    leaves = _leaves(detectors)
+    table, counts = score_leaves(leaves, data, source=source, judged=detectors, classify=classify, **extraction)
     return _assembled(table, detectors), counts
 
 
 def score_leaves(
-    leaves: Mapping[str, Detector], data: Data, *, source: str = "id", judged: Collection[str] = (), **extraction: Any
+    leaves: Mapping[str, Detector],
+    data: Data,
+    *,
+    source: str = "id",
+    judged: Collection[str] = (),
+    classify: bool = False,
+    **extraction: Any,
 ) -> tuple[ScoreTable, dict[str, Any]]:
     """`score` for detectors that see images, a member of several fusions only once.
 
@@ -225,7 +235,8 @@ def score_leaves(
         leaves: by path (`Detector._leaves`).
         data: the images or their features.
         source: name of the set in the table.
-        judged: paths that are detectors of their own: their accuracy is counted.
+        judged: paths that are detectors of their own: what they predict for labelled images is told.
+        classify: what they predict for other images too.
         **extraction: for `extract`.
 
     Returns:
@@ -234,14 +245,18 @@ def score_leaves(
     unique = _unique(leaves, judged)
     tables: list[ScoreTable] = []
     correct: dict[str, list[Tensor]] = {}
+    predicted: dict[str, list[Tensor]] = {}
     for group, parts in _features_per_backbone(unique, data, extraction):
         rows, counts, fingerprint = [], [0, 0], ""
         for part in parts:
             scores = {path: checked_scores(path, leaf, part) for path, leaf in group.items() if len(part)}
             rows.append(ScoreTable.of(part, scores, source=source))
+            asked = judged if len(part) and (classify or part.labels is not None) else ()
             for path, leaf in group.items():
-                if path in judged and len(part) and (hits := leaf.correct(part)) is not None:
-                    correct.setdefault(path, []).append(hits)
+                if path in asked and (classes := leaf.predict(part)) is not None:
+                    predicted.setdefault(path, []).append(classes)
+                    if (hits := leaf._hits(part, classes)) is not None:
+                        correct.setdefault(path, []).append(hits)
             counts = [counts[0] + len(part), counts[1] + len(part.failures)]
             fingerprint = part.source
         tables.append(ScoreTable.concatenate(rows))
@@ -252,6 +267,7 @@ def score_leaves(
         "scored": counts[0],
         "failures": counts[1],
         "fingerprint": fingerprint,
+        "predicted": {name: torch.cat(classes) for name, classes in predicted.items()},
         "accuracy": {name: torch.cat(hits).double().mean().item() for name, hits in correct.items()},
     }
 

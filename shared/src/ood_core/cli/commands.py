@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ood_core.cli.common import (
@@ -85,35 +87,49 @@ def score(args: argparse.Namespace) -> None:
     detectors = build_detectors(args, class_names_of(args, fit, source))
     options = extraction_options(args)
     fit_detectors(detectors, fit, **options)
-    table, counts = score_source(detectors, source, source=_set_name(args.source), **options)
+    table, counts = score_source(detectors, source, source=_set_name(args.source), classify=True, **options)
     if args.out:
         table.write(args.out)
         message(f"{counts['scored']} images scored, {counts['failures']} failed: {args.out}")
-    _show_rows(table.frame.drop(columns="source"), detectors, args)
+    frame = table.frame.drop(columns="source")
+    _show_rows(frame, detectors, args, predicted=counts["predicted"], by_class=args.by_class)
 
 
-def _show_rows(frame: Any, detectors: dict[str, Any], args: argparse.Namespace) -> None:
-    rows = _score_rows(frame, detectors, args.fdr)
+def _show_rows(frame: Any, detectors: dict[str, Any], args: argparse.Namespace, **options: Any) -> None:
+    rows = _score_rows(frame, detectors, args.fdr, **options)
     if args.json:
         print_json(rows)
     elif not args.out:
         _print("\t".join(rows[0]), *("\t".join(map(_cell, row.values())) for row in rows))
 
 
-def _score_rows(frame: Any, detectors: dict[str, Any], fdr: float | None) -> list[dict[str, Any]]:
-    """Rows for people and JSON: NaN as null, and the decision of every calibrated detector."""
+def _score_rows(
+    frame: Any,
+    detectors: dict[str, Any],
+    fdr: float | None,
+    *,
+    predicted: Mapping[str, Any] = MappingProxyType({}),
+    by_class: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows for people and JSON: NaN as null, and of every calibrated detector what it decides and predicts."""
+    from ood_core.detectors.base import Observed, as_float32
+
     for name, detector in detectors.items():
         scored = frame[name].notna()
-        if detector.threshold is None and fdr is not None:
-            raise NotFittedError(f"--fdr needs calibrated detectors, and {name!r} is not: see `ood calibrate`.")
+        if detector.threshold is None and (fdr is not None or by_class):
+            option = "--fdr" if fdr is not None else "--by-class"
+            raise NotFittedError(f"{option} needs calibrated detectors, and {name!r} is not: see `ood calibrate`.")
         if detector.threshold is not None and scored.any():
-            scores = frame.loc[scored, name].to_numpy()
-            decisions = detector.is_ood(scores, fdr=fdr).numpy()
+            classes = predicted.get(name)
+            scores = Observed(as_float32(frame.loc[scored, name].to_numpy()), classes, "")
+            decisions = detector.is_ood(scores, fdr=fdr, by_class=by_class).numpy()
             frame.loc[scored, f"{name}.ood"] = decisions
-            frame.loc[scored, f"{name}.p_value"] = detector.p_value(scores).numpy()
+            frame.loc[scored, f"{name}.p_value"] = detector.p_value(scores, by_class=by_class).numpy()
+            if classes is not None:
+                frame.loc[scored, f"{name}.class"] = [detector.class_names[number] for number in classes]
             if fdr is not None:
                 message(
-                    f"{name}: {decisions.sum()} of {len(scores)} images are OOD at a false discovery rate of {fdr:g}"
+                    f"{name}: {decisions.sum()} of {len(decisions)} images are OOD at a false discovery rate of {fdr:g}"
                 )
     return json.loads(frame.to_json(orient="records", double_precision=15, force_ascii=False))
 

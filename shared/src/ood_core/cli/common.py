@@ -125,6 +125,11 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     add_detector_arguments(parser)
     parser.add_argument("--out", metavar="FILE.parquet", help="score table to write")
     add_fdr_argument(parser)
+    parser.add_argument(
+        "--by-class",
+        action="store_true",
+        help="p-values and decisions by the calibration images of the predicted class, so that rates hold in each",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list of rows")
 
 

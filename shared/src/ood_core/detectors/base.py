@@ -237,8 +237,10 @@ class Detector(ABC):
         Returns:
             None for methods that do not classify, and for images without such labels.
         """
-        predicted = None if features.labels is None else self.predict(features)
-        if predicted is None:
+        return None if features.labels is None else self._hits(features, self.predict(features))
+
+    def _hits(self, features: FeatureSet, predicted: Tensor | None) -> Tensor | None:
+        if predicted is None or features.labels is None:
             return None
         labels = match_labels(features.label_names, self.class_names)[features.labels]
         return (predicted == labels)[labels >= 0] if bool((labels >= 0).any()) else None
@@ -272,6 +274,8 @@ class Detector(ABC):
 
     def _observe(self, data: Scorable, *, classify: bool = False) -> Observed:
         """Scores of whatever was given: scores themselves, features or images; and classes, if asked for."""
+        if isinstance(data, Observed):
+            return data
         if isinstance(data, FeatureSet):
             parts: Any = [data]
         elif holds_images(data):
@@ -391,7 +395,7 @@ class Detector(ABC):
                 f"{self.name!r} has no predicted class for these data: p-values by class need features or images, and "
                 "a detector that classifies."
             )
-        return known.p_values(observed.scores, observed.classes)
+        return known.p_values(observed.scores, observed.classes if by_class else None)
 
     def _calibrated(self, value: Any) -> Any:
         if value is None:
