@@ -1,36 +1,42 @@
-"""How far bfloat16 weights move the AUROC: two results of benchmarks/tiny_imagenet_100.py side by side.
+"""How far bfloat16 weights move the AUROC of every detector, on the protocol `tiny-imagenet-100`.
 
-    uv run python benchmarks/tiny_imagenet_100.py --packs ../shared/data --dtype float32 --out a.json
-    uv run python benchmarks/tiny_imagenet_100.py --packs ../shared/data --dtype bfloat16 --out b.json
-    uv run python benchmarks/bfloat16.py a.json b.json
+    uv run python benchmarks/bfloat16.py --packs ../shared/data
 
-Writes benchmarks/results/bfloat16.json.
+Slow where the processor has no bfloat16. Writes benchmarks/results/bfloat16.json.
 """
 
-import json
+from __future__ import annotations
+
+import argparse
 import sys
 from pathlib import Path
 
+from ood_core import create_backbone, list_detectors
 from ood_core._files import write_json
+from tiny_imagenet_100 import OTHERS, run
+
+RESULT = Path(__file__).parent / "results" / "bfloat16.json"
 
 
-def main(float32: str, bfloat16: str) -> None:
-    runs = {"float32": json.loads(Path(float32).read_text()), "bfloat16": json.loads(Path(bfloat16).read_text())}
-    for dtype, run in runs.items():
-        found = run["environment"]["backbones"][0]["dtype"]
-        if found != dtype:
-            raise SystemExit(
-                f"The {dtype} result was made with {found}: give the files in the order float32, bfloat16."
-            )
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packs", type=Path, required=True, help="folder with the parquet packs")
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--cache", help="feature cache")
+    args = parser.parse_args()
+    names = [name for name in list_detectors() if name not in OTHERS]
+    runs = {
+        dtype: run(create_backbone(args.backbone, dtype=dtype), args.packs, names, bootstrap=0, cache=args.cache)
+        for dtype in ("float32", "bfloat16")
+    }
     detectors = {
-        name: {dtype: run["detectors"][name]["average"]["auroc"] for dtype, run in runs.items()}
-        for name in runs["float32"]["detectors"]
+        name: {dtype: found["detectors"][name]["average"]["auroc"] for dtype, found in runs.items()} for name in names
     }
     for name, figures in detectors.items():
         print(f"{name:12s} {100 * (figures['bfloat16'] - figures['float32']):+.3f} points")
-    out = Path(__file__).parent / "results" / "bfloat16.json"
-    write_json(out, {"detectors": detectors, "environment": runs["bfloat16"]["environment"]})
+    write_json(RESULT, {"detectors": detectors, "environment": runs["bfloat16"]["environment"]})
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import plots
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -57,6 +59,8 @@ of the AUROC ({data["bootstrap"]} replicates). Backbone `{backbone["spec"]}` ({b
 `{backbone["fingerprint"][:12]}`), {data["id"]["scored"]:,} ID test images. Zero-shot top-1 of this backbone over all
 200 classes: {100 * results["zero_shot_top1"]:.1f} %. Tiny is not CLIP: these numbers compare methods, not models.
 
+![AUROC of every detector](auroc.svg)
+
 {table(["detector", "near", "far mean", *(s for s in sets if s != "near")], rows)}
 {notes}
 
@@ -81,7 +85,7 @@ bfloat16 (scores are float32 in both; backbone fingerprint
 `{results["environment"]["backbones"][0]["fingerprint"][:12]}`).
 
 {table(["detector", "float32", "bfloat16", "difference"], rows)}
-Made by `benchmarks/bfloat16.py` from two runs of the protocol.
+Made by `uv run python benchmarks/bfloat16.py --packs FOLDER`.
 """
 
 
@@ -523,30 +527,50 @@ def curves() -> str:
     """The losses of the last run as an SVG."""
     with (RESULTS / "tiny_training.csv").open() as file:
         rows = list(csv.DictReader(file))
-    width, height, edge = 640, 320, 48
-    samples = [float(row["samples"]) for row in rows]
-    names = {"image_loss": "#0072b2", "patch_loss": "#d55e00"}
-    top = max(float(row[name]) for row in rows for name in names)
-    lines = [f'<rect width="{width}" height="{height}" fill="white"/>']
-    for level in range(int(top) + 1):
-        y = height - edge - level / top * (height - 2 * edge)
-        lines.append(
-            f'<path d="M{edge} {y:.1f}H{width - edge}" stroke="#ddd"/><text x="{edge - 16}" y="{y:.1f}">{level}</text>'
-        )
-    for number, (name, color) in enumerate(names.items()):
-        points = " ".join(
-            f"{edge + s / samples[-1] * (width - 2 * edge):.1f},"
-            f"{height - edge - float(row[name]) / top * (height - 2 * edge):.1f}"
-            for s, row in zip(samples, rows, strict=True)
-        )
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        lines.append(
-            f'<text x="{width - edge - 150}" y="{edge + 16 * number}" fill="{color}">{name.replace("_", " ")}</text>'
-        )
-    lines.append(f'<text x="{edge}" y="{height - edge + 24}">0</text>')
-    lines.append(f'<text x="{width - 2 * edge}" y="{height - edge + 24}">{samples[-1]:,.0f} images</text>')
-    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"'
-    return f'<svg {style} viewBox="0 0 {width} {height}">\n' + "\n".join(lines) + "\n</svg>\n"
+    losses = {name.replace("_", " "): [float(row[name]) for row in rows] for name in ("image_loss", "patch_loss")}
+    return plots.lines([float(row["samples"]) for row in rows], losses, "images", "losses over training images")
+
+
+def auroc_picture() -> str:
+    """Every detector on the protocol of photographs, with its interval."""
+    found = json.loads((RESULTS / "tiny_imagenet_100.json").read_text())["detectors"]
+    ranked = sorted(found.items(), key=lambda item: -item[1]["far_mean"]["auroc"])
+    rows = {}
+    for name, of in ranked:
+        near, far = of["per_set"]["near"], of["far_mean"]
+        rows[name] = {"near": bounds(near), "far, mean": bounds(far)}
+    return plots.dots(rows, 0.5, 0.9, "AUROC of every detector on tiny-imagenet-100")
+
+
+def bounds(figures: dict) -> tuple[float, float, float]:
+    value = figures["auroc"]
+    return value, figures.get("auroc_low", value), figures.get("auroc_high", value)
+
+
+def speed_picture() -> str:
+    """The time of the usual way over ours, in every comparison that was run."""
+    rows: dict[str, float] = {}
+    if found := read("topk_patch_softmax"):
+        times = found["times_bare_matmul"]
+        rows["S-MCM scores: two softmaxes in full"] = times["plain"] / times["ours"]
+        rows["S-MCM scores: six softmaxes"] = times["released"] / times["ours"]
+    if found := read("iim_training_step"):
+        shape = found["shapes"]["100 + 30"]
+        rows["IIM step: 77 tokens, one batch"] = shape["usual"]["seconds"] / shape["ours"]["seconds"]
+    if found := read("setar_search"):
+        times = found["search"]["seconds"]
+        rows["SeTAR search: one forward per candidate"] = times["plain"] / times["ours"]
+        rows["SeTAR search: as released"] = times["released"] / times["ours"]
+    if found := read("hvl_cost"):
+        rows["HVL step: tiles encoded again"] = found["results"]["ratio"]
+    if found := read("mofe_training_step"):
+        rows["MoFE step: gradients of everything"] = found["results"]["full autograd"]["times_ours"]
+    if found := read("expert_dispatch"):
+        rows["MoFE's last block: all tokens, one expert"] = found["class_token_times_faster"]["one expert"]
+        rows |= {f"MoFE's experts: {name}": ratio for name, ratio in found["usual_over_ours"].items()}
+    for job, ways in (read("peers") or {"results": {}})["results"].items():
+        rows |= {f"{name}: {job.split(',')[0]}": f["times_ours"] for name, f in ways.items() if name != "ours"}
+    return plots.ratios(rows, "time of the usual way divided by ours")
 
 
 def published(package: str, rows: Callable[[dict], list[list[str]]], header: list[str]) -> str:
@@ -662,35 +686,56 @@ def filled(text: str, name: str, fragment: str) -> str:
     return f"{before}{start}\n{fragment}\n{end}{rest.split(end, 1)[1]}"
 
 
-def main() -> None:
-    sections = {
-        "tiny_imagenet_100": protocol,
-        "together": together,
-        "iim": iim,
-        "iim_localisation": iim_localisation,
-        "setar": setar,
-        "setar_search": setar_search,
-        "hvl": hvl,
-        "hvl_boundary": hvl_boundary,
-        "hvl_cost": hvl_cost,
-        "mofe": mofe,
-        "mofe_training_step": mofe_training_step,
-        "expert_dispatch": expert_dispatch,
-        "bfloat16": bfloat16,
-        "extraction": extraction,
-        "topk_patch_softmax": topk_patch_softmax,
-        "iim_training_step": iim_training_step,
-        "peers": peers,
+SECTIONS: dict[str, Callable[[dict], str]] = {
+    "tiny_imagenet_100": protocol,
+    "together": together,
+    "iim": iim,
+    "iim_localisation": iim_localisation,
+    "setar": setar,
+    "setar_search": setar_search,
+    "hvl": hvl,
+    "hvl_boundary": hvl_boundary,
+    "hvl_cost": hvl_cost,
+    "mofe": mofe,
+    "mofe_training_step": mofe_training_step,
+    "expert_dispatch": expert_dispatch,
+    "bfloat16": bfloat16,
+    "extraction": extraction,
+    "topk_patch_softmax": topk_patch_softmax,
+    "iim_training_step": iim_training_step,
+    "peers": peers,
+}
+
+OPENING = """# Benchmarks
+
+The time of the usual way divided by ours, in every comparison below (logarithmic; below 1 the usual way is faster):
+
+![time of the usual way divided by ours](speed.svg)
+"""
+
+
+def benchmarks_page() -> str:
+    shown = [render(results) for name, render in SECTIONS.items() if (results := read(name)) is not None]
+    return "\n".join([OPENING, *shown])
+
+
+def made() -> dict[str, str]:
+    """Everything in docs/ that comes from results, by file name."""
+    found = {
+        "benchmarks.md": benchmarks_page(),
+        "tiny.md": tiny_page(),
+        "tiny_curves.svg": curves(),
+        "auroc.svg": auroc_picture(),
+        "speed.svg": speed_picture(),
     }
-    parts = ["# Benchmarks\n"]
-    parts += [render(results) for name, render in sections.items() if (results := read(name)) is not None]
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
-    if (RESULTS / "tiny_training.csv").exists():
-        (ROOT / "docs" / "tiny.md").write_text(tiny_page())
-        (ROOT / "docs" / "tiny_curves.svg").write_text(curves())
     for name, (page, render_fragment) in FRAGMENTS.items():
-        path = ROOT / "docs" / page
-        path.write_text(filled(path.read_text(), name, render_fragment()))
+        found[page] = filled((ROOT / "docs" / page).read_text(), name, render_fragment())
+    return found
+
+
+def main() -> None:
+    for name, content in made().items():
+        (ROOT / "docs" / name).write_text(content)
 
 
 if __name__ == "__main__":
