@@ -569,7 +569,7 @@ def speed_picture() -> str:
         rows["MoFE's last block: all tokens, one expert"] = found["class_token_times_faster"]["one expert"]
         rows |= {f"MoFE's experts: {name}": ratio for name, ratio in found["usual_over_ours"].items()}
     for job, ways in (read("peers") or {"results": {}})["results"].items():
-        rows |= {f"{name}: {job.split(',')[0]}": f["times_ours"] for name, f in ways.items() if name != "ours"}
+        rows |= {f"{name}: {job.split(', ')[0]}": f["times_ours"] for name, f in ways.items() if name != "ours"}
     return plots.ratios(rows, "time of the usual way divided by ours")
 
 

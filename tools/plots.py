@@ -15,9 +15,7 @@ def svg(width: int, height: int, parts: Sequence[str], about: str) -> str:
     box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(about)}"'
     background = f'<rect width="{width}" height="{height}" fill="white"/>'
     body = "\n".join([background, *parts])
-    return (
-        f'<svg {style} role="img" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n{body}\n</svg>\n'
-    )
+    return f"<svg {style} {box}>\n{body}\n</svg>\n"
 
 
 def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], unit: str, about: str) -> str:
