@@ -103,9 +103,17 @@ def test_evaluate_writes_figures_that_the_scores_give(data, tmp_path, capsys):
     assert environment["versions"]["torch"]
     assert results["data"]["id"]["images"] == 32
     assert "<html" in (tmp_path / "out" / "report.html").read_text()[:200]
-    (tmp_path / "out" / "report.html").unlink()
+    page = tmp_path / "out" / "report.html"
+    pictures = page.read_text().count("<img")
+    page.unlink()
     assert run(capsys, "report", tmp_path / "out")[0] == 0
-    assert (tmp_path / "out" / "report.html").exists()
+    assert pictures > page.read_text().count("<img") == 0
+    sets = ["--id", data / "test", "--ood", f"a={data / 'textures'}", data / "noise"]
+    assert run(capsys, "report", tmp_path / "out", *sets)[0] == 0
+    assert page.read_text().count("<img") == pictures
+    code, _, err = run(capsys, "report", tmp_path / "out", "--ood", f"b={data / 'noise'}")
+    assert code == 2
+    assert "holds no set 'b'; its sets are id, a, noise" in err
 
 
 def test_rows_name_the_predicted_class_and_decide_by_it(data, tmp_path, capsys):

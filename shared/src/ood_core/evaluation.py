@@ -190,7 +190,7 @@ def evaluate(
         results,
         scores,
         metrics,
-        open_image=_image_opener(sets),
+        open_image=image_opener(sets),
         explain_image=lambda name, image: named[name].explain_image(image),
     )
     if out is not None:
@@ -527,12 +527,12 @@ def _describe_data(data: Data | None) -> dict[str, Any] | None:
     return {"images": len(source), "fingerprint": source.fingerprint}
 
 
-def _image_opener(sets: Mapping[str, Data]) -> Callable[[str, str], Image.Image | None]:
-    """(set, id) -> the image, for thumbnails; None where only features are at hand."""
+def image_opener(sets: Mapping[str, Data]) -> Callable[[str, str], Image.Image | None]:
+    """(set, id) -> the image, for thumbnails; None where only features are at hand, and in sets that are not given."""
     sources: dict[str, tuple[ImageSource, dict[str, int]]] = {}
 
     def open_image(name: str, image_id: str) -> Image.Image | None:
-        if is_features(sets[name]):
+        if name not in sets or is_features(sets[name]):
             return None
         if name not in sources:
             source = open_source(sets[name])

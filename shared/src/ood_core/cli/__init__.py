@@ -108,4 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "report", commands.report, "write report.html again from results.json and scores.parquet"
     )
     report.add_argument("folder", metavar="DIR")
+    report.add_argument("--id", metavar="SOURCE", help="the ID test images, to show some")
+    report.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", default=[], help="and OOD sets")
     return parser

@@ -301,7 +301,8 @@ def _fuse_detectors(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the report again."""
+    """Write the report again, with pictures of the images that are at hand."""
+    from ood_core.evaluation import image_opener
     from ood_core.report import write_report
     from ood_core.scores import ScoreTable
 
@@ -312,7 +313,11 @@ def report(args: argparse.Namespace) -> None:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{folder / 'results.json'} is no JSON ({error}).") from error
-    write_report(folder / "report.html", results, ScoreTable.read(folder / "scores.parquet").frame)
+    table = ScoreTable.read(folder / "scores.parquet")
+    sets = ({"id": args.id} if args.id else {}) | named_sources(args.ood)
+    if unknown := [name for name in sets if name not in table.sources]:
+        raise UsageError(f"{folder} holds no set {unknown[0]!r}; its sets are {', '.join(table.sources)}.")
+    write_report(folder / "report.html", results, table.frame, image_opener(sets))
     message(f"Report: {folder / 'report.html'}")
 
 

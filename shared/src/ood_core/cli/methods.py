@@ -103,10 +103,14 @@ def saved_detector(args: argparse.Namespace, kind: type[Detector]) -> Any:
 
 def fit_detector(args: argparse.Namespace, detector: Any, source: ImageSource, **options: Any) -> None:
     """Train (going on from an earlier run's checkpoint), calibrate if asked, save, and say what happened."""
+    from ood_core.data import open_source
+    from ood_core.evaluation import calibrate_detectors
+
     checkpoint = Path(args.out) / "checkpoint.safetensors"
     detector.fit(source, checkpoint=checkpoint, **options)
     if args.calibrate:
-        detector.calibrate(detector.score(args.calibrate, **extraction_options(args)), args.tpr)
+        known = open_source(args.calibrate)
+        calibrate_detectors({detector.name: detector}, known, tpr=args.tpr, **extraction_options(args))
     if os.environ.get("RANK", "0") != "0":  # every process has the same result: one writes it
         return
     detector.save_pretrained(args.out)
