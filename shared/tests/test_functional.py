@@ -184,6 +184,42 @@ def test_knn_reads_the_bank_in_parts(monkeypatch, rows, k):
     torch.testing.assert_close(functional.knn(queries, bank, k=k), -expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bank", ["spread", "close", "equal", "small"])
+@pytest.mark.parametrize("k", [1, 10])
+def test_a_first_pass_in_half_precision_changes_nothing(monkeypatch, precision, bank, k):
+    """Where neighbours are too close for half precision, the queries are searched again; elsewhere they are not."""
+    banks = {
+        "spread": unit(4000, 12, seed=1),
+        "close": F.normalize(unit(1, 12, seed=2) + 1e-3 * unit(4000, 12, seed=1), dim=1),
+        "equal": unit(1, 12, seed=2).expand(4000, -1),
+        "small": unit(12, 12, seed=1),
+    }
+    entries, queries = F.normalize(banks[bank].float(), dim=1), F.normalize(unit(70, 12).float(), dim=1)
+    monkeypatch.setattr(_nearest, "_ROWS", 1000)
+    monkeypatch.setattr(_nearest, "_QUERIES", 30)
+    expected = -(queries.double()[:, None] - entries.double()).norm(dim=-1).kthvalue(k).values
+    monkeypatch.setattr(_nearest, "_half_precision", lambda _: None)
+    plain = functional.knn(queries, entries, k=k)
+    searched, largest = [], _nearest._largest
+    monkeypatch.setattr(_nearest, "_half_precision", lambda _: precision)
+    monkeypatch.setattr(_nearest, "_largest", lambda q, *rest: searched.append(len(q)) or largest(q, *rest))
+    found = functional.knn(queries, entries, k=k)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    again = sum(searched) - len(queries)
+    assert again == {"close": 70, "equal": 70, "small": 0}.get(bank, again)
+    if bank == "spread" and k == 1:
+        assert again < 35
+
+
+def test_half_precision_is_used_where_the_hardware_has_it(monkeypatch):
+    for has, dtype, expected in ((True, torch.float32, torch.bfloat16), (False, torch.float32, None)):
+        monkeypatch.setattr(_nearest, "cpu_has_bfloat16", lambda has=has: has)
+        assert _nearest._half_precision(torch.ones(1, 2, dtype=dtype)) is expected
+        assert _nearest._half_precision(torch.ones(1, 2).double()) is None
+
+
 def test_knn_of_a_memory_mapped_bank(tmp_path):
     bank = F.normalize(unit(3000, 8, seed=1).float(), dim=1)
     np.save(tmp_path / "bank.npy", bank.half().numpy())

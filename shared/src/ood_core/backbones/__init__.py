@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ood_core._devices import cpu_has_bfloat16
 from ood_core.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -131,13 +132,8 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
         raise unknown_name("dtype", dtype, ["auto", *named])
     if dtype != "auto":
         return named[dtype]
-    fast = device.type != "cpu" or _cpu_has_bfloat16()
+    fast = device.type != "cpu" or cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _apply_edit(backbone: Backbone, folder: str) -> Backbone:
