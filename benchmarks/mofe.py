@@ -140,15 +140,16 @@ def main() -> int:
     work, sets = args.work.expanduser() / backbone.fingerprint[:12], Sets(backbone, args.packs)
     common = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "head_learning_rate", "augment")}
     runs: dict[str, list[dict[str, Any]]] = {}
+    swept: dict[str, list[dict[str, Any]]] = {}
     if "frozen" in args.which:
         train = sets.frozen_fit()
         made = {name: create_detector(method, **options).fit(train) for name, (method, options) in FROZEN.items()}
         runs["frozen"] = [{"seed": None, "scores": judge(made, sets.of_backbone())}]
         _tell("frozen", runs["frozen"][-1])
     seeds_of = {False: args.seeds, True: args.seeds[: args.mixed_seeds]}
-    rows = [(label, of, args.epochs, seeds_of[of.get("mixup", True)]) for label, of in MAIN.items()]
-    sweeps = [(label, of, args.sweep_epochs, args.seeds[:1]) for label, of in VARIATIONS.items()]
-    for label, options, epochs, seeds in rows * ("main" in args.which) + sweeps * ("variations" in args.which):
+    rows = [(runs, label, of, args.epochs, seeds_of[of.get("mixup", True)]) for label, of in MAIN.items()]
+    sweeps = [(swept, label, of, args.sweep_epochs, args.seeds[:1]) for label, of in VARIATIONS.items()]
+    for found, label, options, epochs, seeds in rows * ("main" in args.which) + sweeps * ("variations" in args.which):
         if args.only and label not in args.only:
             continue
         for seed in seeds:
@@ -159,14 +160,15 @@ def main() -> int:
             chosen = {name: value for name, value in chosen.items() if value is not None}
             kind = f"{label}-{epochs}-{'augment' if args.augment else 'plain'}".replace(" ", "-")
             folder = work / kind / f"{seed}"
-            runs.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
-            _tell(label, runs[label][-1])
+            found.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
+            _tell(label, found[label][-1])
             if label == SHOWN and seed == seeds[0] and args.plot:
                 plot(sets, fitted(folder, sets, backbone, chosen), args.plot)
     settings = common | {"epochs": args.epochs, "sweep_epochs": args.sweep_epochs, "experts": args.experts}
     settings |= {"images": len(sets.fit)}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
-    write_json(args.out, {"protocol": "tiny-imagenet-100", "runs": runs, "settings": settings, "environment": about})
+    found = {"protocol": "tiny-imagenet-100", "runs": runs, "variations": swept}
+    write_json(args.out, found | {"settings": settings, "environment": about})
     return 0
 
 

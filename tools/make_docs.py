@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+MEASURES = ("auroc", "fpr95")
 
 
 def read(name: str) -> dict | None:
@@ -365,20 +366,26 @@ Made by `uv run python benchmarks/hvl_cost.py`; {hardware(results["environment"]
 """
 
 
-def mofe(results: dict) -> str:
+KNN = ("knn", "knn_global")
+
+
+def mofe_rows(found: dict[str, list[dict]], scores: Sequence[str] = ()) -> list[list[str]]:
     rows = []
-    for label, runs in results["runs"].items():
-        for name in runs[0]["scores"]:
+    for label, runs in found.items():
+        for name in (name for name in runs[0]["scores"] if not scores or name in scores):
             figures = [run["scores"][name] for run in runs]
-            measured = [
-                [f["per_set"]["near"][m] for f in figures] if kind == "near" else [f["far_mean"][m] for f in figures]
-                for kind in ("near", "far")
-                for m in ("auroc", "fpr95")
-            ]
+            places = ([f["per_set"]["near"] for f in figures], [f["far_mean"] for f in figures])
+            measured = [[f[measure] for f in at] for at in places for measure in MEASURES]
             accuracy = [f["accuracy"] for f in figures if "accuracy" in f]
             rows.append([label, name, f"{len(runs)}", *map(over_seeds, [*measured, accuracy])])
+    return rows
+
+
+def mofe(results: dict) -> str:
     settings, backbone = results["settings"], results["environment"]["backbone"]
     crops = "new crops in every epoch" if settings["augment"] else "centre crops, whose tokens are kept"
+    header = ["training", "score", "seeds", "near AUROC", "near FPR95", "far AUROC", "far FPR95", "accuracy"]
+    varied = [[label, name, *rest] for label, name, _, *rest in mofe_rows(results["variations"], KNN)]
     return f"""## MoFE on real photographs
 
 Protocol `tiny-imagenet-100`, image tower of backbone `{backbone["spec"]}` (fingerprint
@@ -388,7 +395,10 @@ seeds. Trained on {settings["images"]:,} images of the split `fit` (a tenth of t
 {settings["learning_rate"]:g} for experts and {settings["head_learning_rate"]:g} for heads, higher than the defaults,
 which are for a thousand classes with 1.3 million images.
 
-{table(["training", "score", "seeds", "near AUROC", "near FPR95", "far AUROC", "far FPR95", "accuracy"], rows)}
+{table(header, mofe_rows(results["runs"]))}
+One seed, {settings["sweep_epochs"]} epochs; images are mixed only where the row names it:
+
+{table(["varied", "score", *header[3:]], varied)}
 Where features lie before and after, in the plane in which those of known images spread most:
 
 ![features of known and unknown images](mofe_features.png)
@@ -577,9 +587,6 @@ def published(package: str, rows: Callable[[dict], list[list[str]]], header: lis
     """The averages of a paper's first table, as it prints them."""
     found = json.loads(next((ROOT / "packages").glob(f"*/src/{package}/published/table1.json")).read_text())
     return f"{found['source']}, percent:\n\n{table(header, rows(found))}"
-
-
-MEASURES = ("auroc", "fpr95")
 
 
 def printed(average: dict, *names: str) -> list[str]:
