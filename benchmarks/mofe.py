@@ -141,6 +141,7 @@ def main() -> int:
     common = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "head_learning_rate", "augment")}
     runs: dict[str, list[dict[str, Any]]] = {}
     swept: dict[str, list[dict[str, Any]]] = {}
+    dimensions = {"frozen": effective_dimensions(sets.of_backbone()["id"].image)}
     if "frozen" in args.which:
         train = sets.frozen_fit()
         made = {name: create_detector(method, **options).fit(train) for name, (method, options) in FROZEN.items()}
@@ -162,14 +163,24 @@ def main() -> int:
             folder = work / kind / f"{seed}"
             found.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
             _tell(label, found[label][-1])
-            if label == SHOWN and seed == seeds[0] and args.plot:
-                plot(sets, fitted(folder, sets, backbone, chosen), args.plot)
+            if found is runs and seed == seeds[0]:
+                detector = fitted(folder, sets, backbone, chosen)
+                dimensions[label] = effective_dimensions(sets.of_experts(detector)["id"].extra["token"])
+                if label == SHOWN and args.plot:
+                    plot(sets, detector, args.plot)
     settings = common | {"epochs": args.epochs, "sweep_epochs": args.sweep_epochs, "experts": args.experts}
     settings |= {"images": len(sets.fit)}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
-    found = {"protocol": "tiny-imagenet-100", "runs": runs, "variations": swept}
-    write_json(args.out, found | {"settings": settings, "environment": about})
+    results = {"protocol": "tiny-imagenet-100", "runs": runs, "variations": swept, "dimensions": dimensions}
+    write_json(args.out, results | {"settings": settings, "environment": about})
     return 0
+
+
+def effective_dimensions(features: torch.Tensor) -> float:
+    """Participation ratio of the variances of unit features [N, d] along their principal directions, in [1, d]."""
+    unit = F.normalize(features.double(), dim=1)
+    variances = torch.linalg.svdvals(unit - unit.mean(0)).square()
+    return float(variances.sum().square() / variances.square().sum())
 
 
 def fitted(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> Any:

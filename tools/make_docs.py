@@ -385,6 +385,7 @@ def mofe(results: dict) -> str:
     settings, backbone = results["settings"], results["environment"]["backbone"]
     crops = "new crops in every epoch" if settings["augment"] else "centre crops, whose tokens are kept"
     header = ["training", "score", "seeds", "near AUROC", "near FPR95", "far AUROC", "far FPR95", "accuracy"]
+    spread = [[label, f"{dimensions:.1f}"] for label, dimensions in results["dimensions"].items()]
     varied = [[label, name, *rest] for label, name, _, *rest in mofe_rows(results["variations"], KNN)]
     return f"""## MoFE on real photographs
 
@@ -396,6 +397,9 @@ seeds. Trained on {settings["images"]:,} images of the split `fit` (a tenth of t
 which are for a thousand classes with 1.3 million images.
 
 {table(header, mofe_rows(results["runs"]))}
+Over how many directions the features of the ID test images spread (participation ratio of their variances, first seed):
+
+{table(["training", "effective dimensions"], spread)}
 One seed, {settings["sweep_epochs"]} epochs; images are mixed only where the row names it:
 
 {table(["varied", "score", *header[3:]], varied)}
