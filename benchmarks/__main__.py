@@ -37,7 +37,7 @@ def command(name: str, packs: Path | None, work: Path | None) -> list[str]:
     found = [sys.executable, str(HERE / f"{name}.py")]
     if name in (*PACKS, *TRAINED):
         found += ["--packs", str(packs)]
-    return [*found, "--work", str(work)] if name in TRAINED else found
+    return [*found, "--work", str(work / name)] if name in TRAINED and work else found
 
 
 def main() -> int:
