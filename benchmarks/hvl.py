@@ -100,9 +100,8 @@ def smaller(layout: Layout, count: int) -> Layout:
     return Layout(layout.name, source, [Task(task.name, task.class_names, source, rows)], [], [])
 
 
-def fine_tuned(layout: Layout, backbone: Backbone, args: argparse.Namespace, folder: Path) -> list[Run]:
+def fine_tuned(task: Task, backbone: Backbone, args: argparse.Namespace, folder: Path) -> list[Run]:
     """A uni-modal model: the last block of the image tower and a linear head, trained on the same images."""
-    (task,) = layout.tasks
     images = {part: task.source.subset(at) for part, at in task.rows.items()}
     unknown = {name: source for name, source in images.items() if name not in ("train", "test")}
 
@@ -176,8 +175,7 @@ def main() -> int:
             folder = args.work / backbone.fingerprint[:12] / "main" / layout.name
             options = {"seeds": args.seeds, "baselines": BASELINES, "folder": folder, "bootstrap": args.bootstrap}
             runs = run_layout(layout, backbone, features, **options)
-            if len(layout.tasks) == 1:
-                runs += fine_tuned(layout, backbone, args, folder)
+            runs += [run for task in layout.tasks for run in fine_tuned(task, backbone, args, folder / task.name)]
             results[layout.name] = figures(runs, layout)
             for name, row in results[layout.name].items():
                 print(f"{layout.name} {name}: AUROC {row['auroc']['mean']:.3f}", flush=True)
