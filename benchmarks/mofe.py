@@ -37,7 +37,6 @@ from tiny_imagenet_100 import fit_images, split_classes, test_sets, with_far_mea
 
 RESULT = Path(__file__).parent / "results" / "mofe.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "mofe_features.png"
-MANY = "250 images per class, 2 epochs"
 MAIN: dict[str, dict[str, Any]] = {
     "naive fine-tuning": {"moe": False, "mixup": False},
     "MOS": {"moe": False, "mixup": False, "group_heads": True},
@@ -56,8 +55,6 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "plain mixup": {"moe": False, "dynamic": False},
     "no regulariser": {"moe": False, "reg": "none"},
     "regulariser on the normed token": {"moe": False, "reg_on": "post_norm"},
-    # With the split that the backbone was trained on, for which the figures of the frozen one are at hand, too.
-    MANY: {"mixup": False, "epochs": 2},
 }
 SHOWN = "MoFE + Dynamic-beta Mixup"  # in the picture
 FROZEN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,8 +71,6 @@ class Sets:
     def __init__(self, backbone: Backbone, packs: Path) -> None:
         self.backbone = backbone
         self.fit = fit_images(packs)
-        seen = split_classes(ParquetImages(packs / "tiny-imagenet.parquet", split="train"))[0]
-        self.many = JoinedSources({"fit": self.fit, "train": seen})
         self.wnids = find_protocol("tiny-imagenet-100", packs).wnids
         self.kept = {name: self._read(source) for name, source in test_sets(packs).items()}
 
