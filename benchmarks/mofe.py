@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ood_core import FeatureSet, ParquetImages, create_backbone, create_detector, evaluate
+from ood_core import FeatureSet, create_backbone, create_detector, evaluate
 from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
-from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
@@ -33,7 +32,7 @@ from ood_mofe.functional import wordnet_groups
 from ood_mofe.partition import imagenet_edges
 from ood_mofe.plot import draw_features
 from ood_mofe.runner import variants
-from tiny_imagenet_100 import fit_images, split_classes, test_sets, with_far_mean
+from tiny_imagenet_100 import fit_images, test_sets, with_far_mean
 
 RESULT = Path(__file__).parent / "results" / "mofe.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "mofe_features.png"
@@ -96,9 +95,9 @@ class Sets:
         """The class token behind the frozen last block and norm, as "image"."""
         return {name: replace(plain, image=self._token(tokens)) for name, (plain, tokens) in self.kept.items()}
 
-    def frozen(self, source: ImageSource) -> FeatureSet:
-        """The same of training images."""
-        plain, tokens = self._read(source)
+    def frozen_fit(self) -> FeatureSet:
+        """The same of the training images."""
+        plain, tokens = self._read(self.fit)
         return replace(plain, image=self._token(tokens))
 
     @torch.no_grad()
@@ -144,14 +143,10 @@ def main() -> int:
     swept: dict[str, list[dict[str, Any]]] = {}
     dimensions = {"frozen": effective_dimensions(sets.of_backbone()["id"].image)}
     if "frozen" in args.which:
-        train = sets.frozen(sets.fit)
+        train = sets.frozen_fit()
         made = {name: create_detector(method, **options).fit(train) for name, (method, options) in FROZEN.items()}
         runs["frozen"] = [{"seed": None, "scores": judge(made, sets.of_backbone())}]
         _tell("frozen", runs["frozen"][-1])
-    if "variations" in args.which and not args.only:
-        bank = create_detector("knn", k=50).fit(sets.frozen(sets.many))
-        swept["frozen, 250 images per class"] = [{"seed": None, "scores": judge({"knn": bank}, sets.of_backbone())}]
-        _tell("frozen, 250 images per class", swept["frozen, 250 images per class"][-1])
     seeds_of = {False: args.seeds, True: args.seeds[: args.mixed_seeds]}
     rows = [(runs, label, of, args.epochs, seeds_of[of.get("mixup", True)]) for label, of in MAIN.items()]
     sweeps = [(swept, label, of, args.sweep_epochs, args.seeds[:1]) for label, of in VARIATIONS.items()]
@@ -166,16 +161,15 @@ def main() -> int:
             chosen = {name: value for name, value in chosen.items() if value is not None}
             kind = f"{label}-{epochs}-{'augment' if args.augment else 'plain'}".replace(" ", "-")
             folder = work / kind / f"{seed}"
-            images = sets.many if label == MANY else sets.fit
-            found.setdefault(label, []).append(_run(folder, sets, images, backbone, chosen))
+            found.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
             _tell(label, found[label][-1])
             if found is runs and seed == seeds[0]:
-                detector = fitted(folder, images, backbone, chosen)
+                detector = fitted(folder, sets, backbone, chosen)
                 dimensions[label] = effective_dimensions(sets.of_experts(detector)["id"].extra["token"])
                 if label == SHOWN and args.plot:
                     plot(sets, detector, args.plot)
     settings = common | {"epochs": args.epochs, "sweep_epochs": args.sweep_epochs, "experts": args.experts}
-    settings |= {"images": len(sets.fit), "many": len(sets.many)}
+    settings |= {"images": len(sets.fit)}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
     results = {"protocol": "tiny-imagenet-100", "runs": runs, "variations": swept, "dimensions": dimensions}
     write_json(args.out, results | {"settings": settings, "environment": about})
@@ -189,9 +183,9 @@ def effective_dimensions(features: torch.Tensor) -> float:
     return float(variances.sum().square() / variances.square().sum())
 
 
-def fitted(folder: Path, images: ImageSource, backbone: Backbone, options: dict[str, Any]) -> Any:
-    detector: Any = create_detector("mofe", backbone=backbone, class_names=images.label_names, **options)
-    return detector.fit(images, checkpoint=folder / "checkpoint.safetensors", progress=False)
+def fitted(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> Any:
+    detector: Any = create_detector("mofe", backbone=backbone, class_names=sets.fit.label_names, **options)
+    return detector.fit(sets.fit, checkpoint=folder / "checkpoint.safetensors", progress=False)
 
 
 def plot(sets: Sets, detector: Any, path: Path) -> None:
@@ -206,17 +200,17 @@ def plot(sets: Sets, detector: Any, path: Path) -> None:
     draw_features({title: {name: of[name][at] for name, at in rows.items()} for title, of in panels.items()}, path)
 
 
-def _run(folder: Path, sets: Sets, images: ImageSource, backbone: Backbone, options: dict[str, Any]) -> dict[str, Any]:
+def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) -> dict[str, Any]:
     """A training and its figures, read back if it is finished."""
 
     def make() -> list[dict[str, Any]]:
         started = time.perf_counter()
-        detector = fitted(folder, images, backbone, options)
+        detector = fitted(folder, sets, backbone, options)
         minutes = (time.perf_counter() - started) / 60
         scores = judge(variants(detector), sets.of_experts(detector))
         return [{"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history}]
 
-    recipe = {"options": options, "backbone": backbone.fingerprint, "images": images.fingerprint}
+    recipe = {"options": options, "backbone": backbone.fingerprint, "images": sets.fit.fingerprint}
     return kept_runs(folder / "results.json", recipe, make)[0]
 
 

@@ -400,8 +400,7 @@ which are for a thousand classes with 1.3 million images.
 Over how many directions the features of the ID test images spread (participation ratio of their variances, first seed):
 
 {table(["training", "effective dimensions"], spread)}
-One seed, {settings["sweep_epochs"]} epochs; images are mixed only where the row names it. The rows with 250 images per
-class ({settings["many"]:,} in all) also use the split `train`, on which the backbone itself was trained:
+One seed, {settings["sweep_epochs"]} epochs; images are mixed only where the row names it:
 
 {table(["varied", "score", *header[3:]], varied)}
 Where features lie before and after, in the plane in which those of known images spread most:
