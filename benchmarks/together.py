@@ -62,7 +62,7 @@ def some(source: ImageSource, count: int) -> ImageSource:
 
 def run(protocol: Protocol, backbone: Backbone, args: argparse.Namespace) -> dict[str, Any]:
     members = fitted(protocol, backbone, args.work)
-    return evaluate(
+    found = evaluate(
         members | fusions(members),
         id=some(protocol.test, args.images),
         ood={name: some(source, args.images) for name, source in protocol.ood.items()},
@@ -74,6 +74,14 @@ def run(protocol: Protocol, backbone: Backbone, args: argparse.Namespace) -> dic
         cache=args.work / "features",
         progress=False,
     ).results
+    return {"detectors": {name: shown(of) for name, of in found["detectors"].items()}, "data": found["data"]}
+
+
+def shown(figures: dict[str, Any]) -> dict[str, Any]:
+    """What the table is made of; everything else is in --work."""
+    members = figures.get("against_members", {"detectors": {}})["detectors"]
+    differences = {name: of["average"] for name, of in members.items()}
+    return {"average": figures["average"], "per_set": figures["per_set"], "members_minus_this": differences}
 
 
 def main() -> int:

@@ -427,10 +427,12 @@ interval of the AUROC. Backbone `{results["environment"]["backbone"]["spec"]}` (
         rows = [[label, cell(f["average"]), *(mean_of_kind(f, found, kind) for kind in kinds)] for label, f in ranked]
         best = {what: next(row for row in ranked if ("fusion" in row[0]) == what) for what in (False, True)}
         gain = 100 * (best[True][1]["average"]["auroc"] - best[False][1]["average"]["auroc"])
+        minus = best[True][1]["members_minus_this"][best[False][0]]
         parts.append(f"`{name}`:\n\n{table(['detector', 'average', *kinds], rows)}")
         parts.append(
             f"The best fusion here ({best[True][0]}) is {abs(gain):.1f} points {'above' if gain > 0 else 'below'} the "
-            f"best member ({best[False][0]}), both picked by these very figures.\n"
+            f"best member ({best[False][0]}), both picked by these very figures; 95 % interval of the difference "
+            f"{-100 * minus['high']:+.1f} to {-100 * minus['low']:+.1f} (paired bootstrap).\n"
         )
     parts.append(
         "Made by `uv run python benchmarks/together.py --packs FOLDER --work FOLDER`; "
