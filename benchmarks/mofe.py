@@ -171,6 +171,10 @@ def main() -> int:
     settings = common | {"epochs": args.epochs, "sweep_epochs": args.sweep_epochs, "experts": args.experts}
     settings |= {"images": len(sets.fit)}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
+    for run in (run for made in (*runs.values(), *swept.values()) for run in made):
+        run.pop("history", None)  # long, as the options are; both in --work
+        for figures in run["scores"].values():
+            figures.pop("params", None)
     results = {"protocol": "tiny-imagenet-100", "runs": runs, "variations": swept, "dimensions": dimensions}
     write_json(args.out, results | {"settings": settings, "environment": about})
     return 0
