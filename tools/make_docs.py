@@ -555,7 +555,7 @@ def auroc_picture() -> str:
     for name, of in ranked:
         near, far = of["per_set"]["near"], of["far_mean"]
         rows[name] = {"near": bounds(near), "far, mean": bounds(far)}
-    return plots.dots(rows, 0.5, 0.9, "AUROC of every detector on tiny-imagenet-100")
+    return plots.dots(rows, "AUROC of every detector on tiny-imagenet-100")
 
 
 def bounds(figures: dict) -> tuple[float, float, float]:

@@ -40,22 +40,23 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], unit: str, 
     return svg(width, height, parts, about)
 
 
-def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], low: float, high: float, about: str) -> str:
-    """Per row and series a value with its interval, from left to right on [low, high], in percent."""
+def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], about: str) -> str:
+    """Per row and series a share with its interval, in percent; the axis spans the tens around all of them."""
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
+    ends = [end for row in rows.values() for found in row.values() for end in found]
+    low, high = math.floor(10 * min(ends)), math.ceil(10 * max(ends))
     left, right, step, top = 290, 20, 20, 44
     width, height = 760, top + step * len(rows) + 12
 
     def place(value: float) -> float:
-        return left + (min(max(value, low), high) - low) / (high - low) * (width - left - right)
+        return left + (10 * value - low) / (high - low) * (width - left - right)
 
     parts = [
         f'<circle cx="{left + 110 * at}" cy="10" r="4" fill="{(BLUE, ORANGE)[at]}"/>'
         f'<text x="{left + 110 * at + 9}" y="14">{escape(name)}</text>'
         for at, name in enumerate(series)
     ]
-    ticks = range(math.ceil(10 * low - 1e-9), math.floor(10 * high + 1e-9) + 1)
-    for tick in (tenth / 10 for tenth in ticks):
+    for tick in (tenth / 10 for tenth in range(low, high + 1)):
         parts.append(f'<path d="M{place(tick):.1f} {top - 8}V{height - 8}" stroke="{GREY}"/>')
         parts.append(f'<text x="{place(tick):.1f}" y="{top - 14}" text-anchor="middle">{100 * tick:.0f}</text>')
     for at, (name, found) in enumerate(rows.items()):

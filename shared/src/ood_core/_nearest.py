@@ -19,8 +19,8 @@ __all__ = ["distance_to_kth"]
 _ROWS = 2**14  # of the bank, in memory at a time
 _QUERIES = 512
 _SLACK = 16  # candidates to both sides of k, for what rounding has brought out of order
-# How far a cosine of unit vectors may be off if both are rounded to half precision, and the result is: three units of
-# roundoff u, and five more where parts of a sum may be added in half precision (GPUs; u = 2^-11 and 2^-9).
+# How far a cosine of unit vectors may be off if both are rounded to half precision, and so is the result: at most three
+# units of roundoff (2^-11 and 2^-9), one more for sums in float32; GPUs may also add parts of a sum in half precision.
 _MARGIN = {torch.float16: 8 * 2**-11, torch.bfloat16: 4 * 2**-9}
 _WIDER = 4  # candidates of the first pass, by k
 
@@ -45,8 +45,7 @@ def distance_to_kth(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     """
     half = _half_precision(queries)
     if half is None:
-        parts = zip(queries.split(_QUERIES), _largest(queries, bank, k + _SLACK), strict=True)
-        return torch.cat([_ranked_again(part, bank, entries, k) for part, (_, entries) in parts])
+        return _in_full_precision(queries, bank, k)
     parts, found, certain = queries.split(_QUERIES), [], []
     for part, (cosine, entries) in zip(parts, _largest(queries, bank, _WIDER * k + _SLACK, half), strict=True):
         # Two errors: one may have lowered a neighbour, the other raised the k-th.
@@ -55,9 +54,13 @@ def distance_to_kth(queries: Tensor, bank: Tensor, k: int) -> Tensor:
         found.append(_ranked_again(part, bank, _sorted_by_cosine(part, bank, entries, k), k))
     distances, left = torch.cat(found), ~torch.cat(certain)
     if left.any():
-        again = zip(queries[left].split(_QUERIES), _largest(queries[left], bank, k + _SLACK), strict=True)
-        distances[left] = torch.cat([_ranked_again(part, bank, entries, k) for part, (_, entries) in again])
+        distances[left] = _in_full_precision(queries[left], bank, k)
     return distances
+
+
+def _in_full_precision(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    parts = zip(queries.split(_QUERIES), _largest(queries, bank, k + _SLACK), strict=True)
+    return torch.cat([_ranked_again(part, bank, entries, k) for part, (_, entries) in parts])
 
 
 def _half_precision(queries: Tensor) -> torch.dtype | None:
