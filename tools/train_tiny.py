@@ -5,9 +5,10 @@
 
 Resumes from its last checkpoint in --work; the data order and every random draw depend on (seed, step) only, so a
 resumed run continues exactly as an uninterrupted one on the same machine. One line of figures a minute goes to
-standard output and to WORK/log.csv. `--continue` starts from the package's weights instead of random ones,
-with a new schedule: a training in several sittings. Matrix products are in bfloat16
-where the processor has them, in float32 elsewhere.
+standard output and to WORK/log.csv. The learning rate is constant on small images, then falls to zero on full ones:
+until it falls, the same command with other --samples prolongs or ends the run. `--continue` starts from the package's
+weights instead of random ones, with a new schedule. Matrix products are in bfloat16 where the processor has them, in
+float32 elsewhere.
 
 Recipe. Image tower: cross-entropy of the cosine to a learned class matrix (200 photograph classes and the
 8 x 8 generated "material shape" classes), for the image embedding and, so that local features mean something, for
@@ -56,26 +57,30 @@ class Recipe:
 
     samples: int = 600_000
     batch: int = 128
-    small: int = 48
-    small_share: float = 0.6
+    small: int = 40  # image side until the rate falls
+    small_share: float = 0.75  # after it, images are 64 pixels wide and the rate falls linearly to zero
     muon_lr: float = 0.02
     adamw_lr: float = 1.5e-3
-    weight_decay: float = 0.2  # of Muon; at 0.01 weights grow until the attention is one-hot and learning stalls
+    weight_decay: float = 0.1  # of Muon; at 0.01 weights grow until the attention is one-hot and learning stalls
     logit_scale: float = 20.0  # initial
-    warmup: float = 0.02
-    crop_area: float = 0.6
+    warmup: int = 200  # steps
+    crop_area: float = 0.5
     jitter: float = 0.15
     label_smoothing: float = 0.05
     patch_weight: float = 0.5
     scene_share: float = 0.12
     scenes_per_class: int = 150
-    texts: int = 48
+    texts: int = 16
     seed: int = 0
     start: str = ""  # SHA-256 of the finished weights this run continues from; empty: random weights
 
     @property
     def steps(self) -> int:
         return self.samples // self.batch
+
+    @property
+    def small_steps(self) -> int:
+        return math.ceil(self.small_share * self.steps)
 
 
 # ---- data
@@ -262,10 +267,9 @@ def build_optimizer(model: Trainee, recipe: Recipe, precision: torch.dtype) -> t
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    warm = max(1, int(recipe.warmup * recipe.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+    """Rises over the warm-up, stays 1 while images are small, falls linearly to 0 at the end."""
+    falling = (recipe.steps - step) / (recipe.steps - recipe.small_steps + 1)
+    return min(1.0, (step + 1) / recipe.warmup, falling)
 
 
 def patch_targets(one_hot: Tensor, objects: Tensor, patches: int) -> Tensor:
@@ -361,8 +365,8 @@ def model_card(history: dict, top1: dict[str, dict[str, float]], auroc: dict[str
 
     runs = "".join(
         f"  {number}. {run['samples']:,} images ({run['small']} pixels for {100 * run['small_share']:.0f} %, then 64), "
-        f"Muon {run['muon_lr']:g} and AdamW {run['adamw_lr']:g}, cosine to 0, seed {run['seed']}, {run['hours']:.2f} "
-        f"hours on {run['hardware']} in {run['dtype']}, torch {run['torch']}, {run['date']}\n"
+        f"Muon {run['muon_lr']:g} and AdamW {run['adamw_lr']:g}, {run['schedule']}, seed {run['seed']}, "
+        f"{run['hours']:.2f} hours on {run['hardware']} in {run['dtype']}, torch {run['torch']}, {run['date']}\n"
         for number, run in enumerate(history["runs"], 1)
     )
     return f"""# Model card: tiny
@@ -428,8 +432,14 @@ class Training:
 
     def load(self) -> None:
         saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if saved["recipe"] != asdict(self.recipe):
+        if saved["recipe"] | {"samples": self.recipe.samples} != asdict(self.recipe):
             raise SystemExit(f"{self.checkpoint} is of another recipe: remove it or give another --work.")
+        before = replace(self.recipe, samples=saved["recipe"]["samples"])
+        if before != self.recipe and saved["step"] > min(before.small_steps, self.recipe.small_steps):
+            raise SystemExit(
+                f"{self.checkpoint} is at step {saved['step']} of a run of {before.samples} samples: its learning rate "
+                f"would not have been constant so far with {self.recipe.samples}."
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
@@ -449,7 +459,7 @@ class Training:
         """One update; the detached losses [3]."""
         recipe, device = self.recipe, self.device
         rows = sample_batch(self.step, self.labels, self.photos, recipe)
-        size = recipe.small if self.step < recipe.small_share * recipe.steps else 64
+        size = recipe.small if self.step < recipe.small_steps else 64
         masks = self.masks[rows[rows >= self.photos] - self.photos]  # a batch ends with its scenes
         x, objects = augment(self.images[rows].to(device), masks.to(device), size, self.step, recipe)
         rng = torch.Generator().manual_seed(recipe.seed * 9_000_003 + self.step)
@@ -521,8 +531,8 @@ class Training:
     def history(self, top1: dict[str, float]) -> dict:
         """The finished runs that these weights come from, this one last, and how often `val` was looked at so far."""
         before = json.loads((PACKAGE / "config.json").read_text()).get("training", {"val_looks": 0, "runs": []})
-        keys = ("samples", "small", "small_share", "muon_lr", "adamw_lr", "weight_decay", "seed")
-        run = {key: getattr(self.recipe, key) for key in keys} | {
+        run = asdict(self.recipe) | {
+            "schedule": "constant, then linearly to 0",
             "hours": round(self.seconds / 3600, 2),
             "hardware": torch.cuda.get_device_name()
             if self.device == "cuda"
@@ -547,7 +557,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=Recipe.samples)
     parser.add_argument("--small", type=int, default=Recipe.small, help="image side during the first part of the run")
-    parser.add_argument("--small-share", type=float, default=Recipe.small_share, help="how long that part is")
+    parser.add_argument("--small-share", type=float, default=Recipe.small_share, help="share of the run at that side")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="give a continued run another one")
     parser.add_argument("--continue", dest="start", action="store_true", help="from the weights in the package")
