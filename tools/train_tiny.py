@@ -70,7 +70,8 @@ class Recipe:
     patch_weight: float = 0.5
     scene_share: float = 0.12
     scenes_per_class: int = 150
-    texts: int = 16
+    texts: int = 64
+    text_every: int = 4  # steps: the text tower only follows the class matrix
     seed: int = 0
     start: str = ""  # SHA-256 of the finished weights this run continues from; empty: random weights
 
@@ -283,10 +284,8 @@ def patch_targets(one_hot: Tensor, objects: Tensor, patches: int) -> Tensor:
     return covered * one_hot[:, None] + (1 - covered) / one_hot.shape[1]
 
 
-def losses(
-    model: Trainee, x: Tensor, objects: Tensor, labels: Tensor, tokens: Tensor, token_labels: Tensor, recipe: Recipe
-) -> list[Tensor]:
-    """Image, patch and text cross-entropies."""
+def image_losses(model: Trainee, x: Tensor, objects: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+    """Cross-entropies of the image embedding and of the patches."""
     image, local = image_features(model.clip.visual, x)
     scale = model.clip.logit_scale.exp().clamp(max=100)
     classes = F.normalize(model.classes, dim=-1)
@@ -295,10 +294,14 @@ def losses(
     targets = patch_targets(F.one_hot(labels, len(classes)).to(local), objects, local.shape[1])
     local_logits = scale * local @ classes.T
     patch_loss = F.cross_entropy(local_logits.flatten(0, 1), targets.flatten(0, 1), label_smoothing=smoothing)
+    return {"image_loss": image_loss, "patch_loss": recipe.patch_weight * patch_loss}
+
+
+def text_loss(model: Trainee, tokens: Tensor, labels: Tensor) -> Tensor:
+    """How far the texts are from the class matrix, which they follow and do not move."""
     text = text_features(model.clip, tokens)
-    target = classes.detach()
-    text_loss = F.cross_entropy(20 * text @ target.T, token_labels) + (1 - (text * target[token_labels]).sum(-1)).mean()
-    return [image_loss, recipe.patch_weight * patch_loss, text_loss]
+    target = F.normalize(model.classes, dim=-1).detach()
+    return F.cross_entropy(20 * text @ target.T, labels) + (1 - (text * target[labels]).sum(-1)).mean()
 
 
 # ---- evaluation and export
@@ -455,46 +458,49 @@ class Training:
         }
         write_atomically(self.checkpoint, lambda path: torch.save(state, path))
 
-    def train_step(self) -> Tensor:
-        """One update; the detached losses [3]."""
+    def train_step(self) -> dict[str, Tensor]:
+        """One update; the detached losses."""
         recipe, device = self.recipe, self.device
         rows = sample_batch(self.step, self.labels, self.photos, recipe)
         size = recipe.small if self.step < recipe.small_steps else 64
         masks = self.masks[rows[rows >= self.photos] - self.photos]  # a batch ends with its scenes
         x, objects = augment(self.images[rows].to(device), masks.to(device), size, self.step, recipe)
-        rng = torch.Generator().manual_seed(recipe.seed * 9_000_003 + self.step)
-        chosen = torch.randint(len(self.names), (recipe.texts,), generator=rng)
-        tokens = self.texts[torch.randint(len(TEMPLATES), (recipe.texts,), generator=rng), chosen]
         for group, lr in zip(self.optimizer.param_groups, (recipe.muon_lr, recipe.adamw_lr), strict=True):
             group["lr"] = lr * learning_rate_factor(self.step, recipe)
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            labels = self.labels[rows].to(device)
-            parts = losses(self.model, x, objects, labels, tokens.to(device), chosen.to(device), recipe)
+            parts = image_losses(self.model, x, objects, self.labels[rows].to(device), recipe)
+            if self.step % recipe.text_every == 0:
+                rng = torch.Generator().manual_seed(recipe.seed * 9_000_003 + self.step)
+                chosen = torch.randint(len(self.names), (recipe.texts,), generator=rng)
+                tokens = self.texts[torch.randint(len(TEMPLATES), (recipe.texts,), generator=rng), chosen]
+                parts["text_loss"] = text_loss(self.model, tokens.to(device), chosen.to(device))
         self.optimizer.zero_grad(set_to_none=True)
-        sum(parts).backward()
+        sum(parts.values()).backward()
         self.optimizer.step()
         self.step += 1
-        return torch.stack([part.detach() for part in parts])
+        return {name: part.detach() for name, part in parts.items()}
 
     def run(self, stop_at: int | None, save_every: float) -> None:
         """Train to the end or to `stop_at`, with a line of figures a minute."""
         logged = saved = last = time.monotonic()
-        window: list[Tensor] = []
+        window: list[dict[str, Tensor]] = []
         while self.step < min(self.recipe.steps, stop_at or self.recipe.steps):
             window.append(self.train_step())
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
             if now - logged > 60:
-                self.log(torch.stack(window).mean(0).tolist(), len(window) * self.recipe.batch / (now - logged))
+                self.log(window, len(window) * self.recipe.batch / (now - logged))
                 logged, window = now, []
             if now - saved > save_every:
                 self.save()
                 saved = time.monotonic()
         self.save()
 
-    def log(self, means: list[float], speed: float) -> None:
+    def log(self, window: list[dict[str, Tensor]], speed: float) -> None:
         line = {"step": self.step, "samples": self.step * self.recipe.batch, "seconds": round(self.seconds, 1)}
-        line |= {n: round(v, 4) for n, v in zip(("image_loss", "patch_loss", "text_loss"), means, strict=True)}
+        for name in ("image_loss", "patch_loss", "text_loss"):
+            values = [parts[name].item() for parts in window if name in parts]
+            line[name] = round(sum(values) / len(values), 4) if values else math.nan
         line["images_per_second"] = round(speed, 1)
         path = self.work / "log.csv"
         fresh = not path.exists()
