@@ -71,26 +71,12 @@ def test_a_checkpoint_of_another_recipe_is_refused(script, packs, recipe, tmp_pa
         script.Training(packs, tmp_path, "cpu", replace(recipe, seed=5))
 
 
-def test_a_run_can_be_prolonged_until_its_learning_rate_falls(script, packs, recipe, tmp_path):
-    longer = replace(recipe, samples=128)
-    whole = script.Training(packs, tmp_path / "whole", "cpu", longer)
-    whole.run(None, save_every=1e9)
-    script.Training(packs, tmp_path / "parts", "cpu", recipe).run(3, save_every=1e9)  # of 4 steps, 3 are small
-    prolonged = script.Training(packs, tmp_path / "parts", "cpu", longer)
-    prolonged.run(7, save_every=1e9)
-    with pytest.raises(SystemExit, match=r"step 7 .* of 128 samples: its learning rate would not .* with 256"):
-        script.Training(packs, tmp_path / "parts", "cpu", replace(recipe, samples=256))
-    prolonged.run(None, save_every=1e9)
-    expected, found = weights(whole), weights(prolonged)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
 def test_the_learning_rate_rises_stays_and_falls_to_zero(script):
-    recipe = script.Recipe(samples=100 * 128, warmup=10, small_share=0.7)
+    recipe = script.Recipe(samples=100 * 128, warmup=10, steady=0.2)
     factors = [script.learning_rate_factor(step, recipe) for step in range(recipe.steps)]
     assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
-    assert set(factors[10:70]) == {1.0}
-    assert factors[70:] == pytest.approx([step / 31 for step in range(30, 0, -1)])
+    assert set(factors[9:20]) == {1.0}
+    assert factors[20:] == pytest.approx([step / 80 for step in range(80, 0, -1)])
 
 
 def test_exported_weights_are_the_trained_function_and_a_run_continues_from_them(script, packs, recipe, tmp_path):
@@ -140,7 +126,7 @@ def test_the_card_names_every_run_and_figure(script):
     run = {"samples": 1000, "small": 48, "small_share": 0.6, "muon_lr": 0.02, "adamw_lr": 0.0015, "weight_decay": 0.2}
     run |= {
         "seed": 0,
-        "schedule": "constant, then linearly to 0",
+        "schedule": "constant for 15 %, then linearly to 0",
         "hours": 0.5,
         "hardware": "a processor",
         "dtype": "float32",
@@ -156,7 +142,7 @@ def test_the_card_names_every_run_and_figure(script):
     for text in (
         "1,000 images",
         "2,000 images",
-        "constant, then linearly to 0",
+        "constant for 15 %, then linearly to 0",
         "3 times",
         "24 photographs",
         "| photographs | 51.2 | 42.0 | 50.0 |",

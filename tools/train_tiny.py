@@ -5,10 +5,8 @@
 
 Resumes from its last checkpoint in --work; the data order and every random draw depend on (seed, step) only, so a
 resumed run continues exactly as an uninterrupted one on the same machine. One line of figures a minute goes to
-standard output and to WORK/log.csv. The learning rate is constant on small images, then falls to zero on full ones:
-until it falls, the same command with other --samples prolongs or ends the run. `--continue` starts from the package's
-weights instead of random ones, with a new schedule. Matrix products are in bfloat16 where the processor has them, in
-float32 elsewhere.
+standard output and to WORK/log.csv. `--continue` starts from the package's weights instead of random ones, with a new
+schedule. Matrix products are in bfloat16 where the processor has them, in float32 elsewhere.
 
 Recipe. Image tower: cross-entropy of the cosine to a learned class matrix (200 photograph classes and the
 8 x 8 generated "material shape" classes), for the image embedding and, so that local features mean something, for
@@ -57,13 +55,14 @@ class Recipe:
 
     samples: int = 600_000
     batch: int = 128
-    small: int = 40  # image side until the rate falls
-    small_share: float = 0.75  # after it, images are 64 pixels wide and the rate falls linearly to zero
+    small: int = 40
+    small_share: float = 0.7
     muon_lr: float = 0.02
     adamw_lr: float = 1.5e-3
     weight_decay: float = 0.1  # of Muon; at 0.01 weights grow until the attention is one-hot and learning stalls
     logit_scale: float = 20.0  # initial
     warmup: int = 200  # steps
+    steady: float = 0.15  # share of the run until the rate falls, linearly to zero
     crop_area: float = 0.5
     jitter: float = 0.15
     label_smoothing: float = 0.05
@@ -78,10 +77,6 @@ class Recipe:
     @property
     def steps(self) -> int:
         return self.samples // self.batch
-
-    @property
-    def small_steps(self) -> int:
-        return math.ceil(self.small_share * self.steps)
 
 
 # ---- data
@@ -268,9 +263,7 @@ def build_optimizer(model: Trainee, recipe: Recipe, precision: torch.dtype) -> t
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    """Rises over the warm-up, stays 1 while images are small, falls linearly to 0 at the end."""
-    falling = (recipe.steps - step) / (recipe.steps - recipe.small_steps + 1)
-    return min(1.0, (step + 1) / recipe.warmup, falling)
+    return min(1.0, (step + 1) / recipe.warmup, (1 - step / recipe.steps) / (1 - recipe.steady))
 
 
 def patch_targets(one_hot: Tensor, objects: Tensor, patches: int) -> Tensor:
@@ -435,14 +428,8 @@ class Training:
 
     def load(self) -> None:
         saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if saved["recipe"] | {"samples": self.recipe.samples} != asdict(self.recipe):
+        if saved["recipe"] != asdict(self.recipe):
             raise SystemExit(f"{self.checkpoint} is of another recipe: remove it or give another --work.")
-        before = replace(self.recipe, samples=saved["recipe"]["samples"])
-        if before != self.recipe and saved["step"] > min(before.small_steps, self.recipe.small_steps):
-            raise SystemExit(
-                f"{self.checkpoint} is at step {saved['step']} of a run of {before.samples} samples: its learning rate "
-                f"would not have been constant so far with {self.recipe.samples}."
-            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
@@ -462,7 +449,7 @@ class Training:
         """One update; the detached losses."""
         recipe, device = self.recipe, self.device
         rows = sample_batch(self.step, self.labels, self.photos, recipe)
-        size = recipe.small if self.step < recipe.small_steps else 64
+        size = recipe.small if self.step < recipe.small_share * recipe.steps else 64
         masks = self.masks[rows[rows >= self.photos] - self.photos]  # a batch ends with its scenes
         x, objects = augment(self.images[rows].to(device), masks.to(device), size, self.step, recipe)
         for group, lr in zip(self.optimizer.param_groups, (recipe.muon_lr, recipe.adamw_lr), strict=True):
@@ -538,7 +525,7 @@ class Training:
         """The finished runs that these weights come from, this one last, and how often `val` was looked at so far."""
         before = json.loads((PACKAGE / "config.json").read_text()).get("training", {"val_looks": 0, "runs": []})
         run = asdict(self.recipe) | {
-            "schedule": "constant, then linearly to 0",
+            "schedule": f"constant for {100 * self.recipe.steady:.0f} %, then linearly to 0",
             "hours": round(self.seconds / 3600, 2),
             "hardware": torch.cuda.get_device_name()
             if self.device == "cuda"
@@ -563,7 +550,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=Recipe.samples)
     parser.add_argument("--small", type=int, default=Recipe.small, help="image side during the first part of the run")
-    parser.add_argument("--small-share", type=float, default=Recipe.small_share, help="share of the run at that side")
+    parser.add_argument("--small-share", type=float, default=Recipe.small_share, help="how long that part is")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="give a continued run another one")
     parser.add_argument("--continue", dest="start", action="store_true", help="from the weights in the package")
