@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--which", nargs="+", default=["main", "parts", "k", "n"])
+    parser.add_argument("--which", nargs="+", default=["main", "parts", "k", "epochs", "n"])
     parser.add_argument("--partitions", nargs="+", default=["n=1", "n=2", "n=3", "n=4"], help="of the study of n")
     parser.add_argument("--images", type=int, default=300, help="per part, in the study of n: an image costs 1 + 5 n^2")
     parser.add_argument("--bootstrap", type=int, default=200)
@@ -179,10 +179,9 @@ def main() -> int:
             results[layout.name] = figures(runs, layout)
             for name, row in results[layout.name].items():
                 print(f"{layout.name} {name}: AUROC {row['auroc']['mean']:.3f}", flush=True)
-    if "parts" in args.which:
-        results["parts"] = {"ham-4": study("parts", layouts[0], backbone, args, args.seeds[:1], None)}
-    if "k" in args.which:
-        results["k"] = {"ham-4": study("k", layouts[0], backbone, args, args.seeds[:1], None)}
+    for name in ("parts", "k", "epochs"):
+        if name in args.which:
+            results[name] = {"ham-4": study(name, layouts[0], backbone, args, args.seeds[:1], None)}
     if "n" in args.which:
         few = smaller(layouts[0], args.images)
         results["n"] = {"ham-4": study("n", few, backbone, args, args.seeds[:1], args.partitions)}

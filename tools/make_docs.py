@@ -321,6 +321,7 @@ all OOD sets; near sets are of the same kind of image, far ones are not.
             parts.append(f"{text}\n\n{table(header, hvl_rows(found[name]))}")
     titles = {
         "parts": "Parts of HVL (the paper's Table 2, and no lower scales)",
+        "epochs": "Length of training, with and without cross-scale fusion (CSF)",
         "k": "Pseudo-OOD tiles K",
         "n": f"Partitions n, at most {results['settings']['images_in_study_of_n']} images per part",
     }

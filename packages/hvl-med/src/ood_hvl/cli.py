@@ -62,7 +62,7 @@ def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
         "--ood-triples", nargs="+", metavar="A,B,C", help="nct-crc: unknown tissues of each task (see README)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    parser.add_argument("--study", help="parts (Table 2), k or n (Fig. 2) instead of the main table")
+    parser.add_argument("--study", help="parts (Table 2), k, n (Fig. 2) or epochs instead of the main table")
     parser.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of HVL (see README)")
     parser.add_argument("--dry-run", action="store_true", help="say what is found and what is missing")
     parser.add_argument(

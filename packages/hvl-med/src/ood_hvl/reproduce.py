@@ -37,8 +37,13 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "parts": PARTS | {"no lower scales": {"lower_scales": False}},
     "k": {f"K={k}": {"k": k} for k in (1, 2, 4, 6, 8)},
     "n": {f"n={n}": {"n": n, "k": min(4, 4 * n * n)} for n in (1, 2, 3, 4, 6, 8)},
+    "epochs": {
+        f"{epochs} epochs{label}": {"epochs": epochs} | options
+        for epochs in (5, 15, 40, 100)
+        for label, options in (("", {}), (", no CSF", {"csf": False}))
+    },
 }
-"""Settings by study: Table 2 with the left panel of Fig. 2, and the other panels of Fig. 2."""
+"""Settings by study: Table 2 with the left panel of Fig. 2, the other panels of Fig. 2, and the length of training."""
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -113,10 +118,10 @@ def _name(label: str, detector: str) -> str:
 
 def _published(protocol: str, study: str | None) -> list[dict[str, Any]]:
     """The paper's rows for this benchmark: Table 1, Table 2 for its parts, none for what it only draws."""
-    if study in ("k", "n"):
-        return []
     if study is None:
         return [{"method": row["method"], **row["sets"][protocol]} for row in published_table(1)["rows"]]
+    if study != "parts":
+        return []
     rows = published_table(2)["rows"]
     return [{"method": name, **row["sets"][protocol]} for name, row in zip(PARTS, rows, strict=True)]
 
