@@ -58,8 +58,11 @@ def test_a_resumed_run_ends_bit_identical(script, packs, recipe, tmp_path):
     whole = script.Training(packs, tmp_path / "whole", "cpu", recipe)
     whole.run(None, save_every=1e9)
     script.Training(packs, tmp_path / "parts", "cpu", recipe).run(2, save_every=1e9)
+    log = tmp_path / "parts" / "log.csv"
+    log.write_text("step,image_loss\n1,5.0\n2,4.0\n3,3.0\n")
     resumed = script.Training(packs, tmp_path / "parts", "cpu", recipe)
     assert resumed.step == 2
+    assert log.read_text() == "step,image_loss\n1,5.0\n2,4.0\n"  # the third step is run again
     resumed.run(None, save_every=1e9)
     expected, found = weights(whole), weights(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -418,7 +418,7 @@ class Training:
         tokenizer = ByteTokenizer()
         self.texts = torch.stack([tokenizer([t.format(name) for name in self.names]) for t in TEMPLATES])
         self.step, self.seconds = 0, 0.0
-        self.checkpoint = work / "checkpoint.pt"
+        self.checkpoint, self.csv = work / "checkpoint.pt", work / "log.csv"
         if self.checkpoint.exists():
             self.load()
         elif start is not None:
@@ -433,6 +433,10 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
+        if self.csv.exists():  # steps behind the checkpoint are run again
+            head, *lines = self.csv.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if int(line.split(",")[0]) <= self.step]
+            write_atomically(self.csv, lambda path: path.write_text("".join([head, *kept])))
         print(f"resumed at step {self.step} of {self.recipe.steps}", flush=True)
 
     def save(self) -> None:
@@ -489,9 +493,8 @@ class Training:
             values = [parts[name].item() for parts in window if name in parts]
             line[name] = round(sum(values) / len(values), 4) if values else math.nan
         line["images_per_second"] = round(speed, 1)
-        path = self.work / "log.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
+        fresh = not self.csv.exists()
+        with self.csv.open("a", newline="") as file:
             writer = csv.DictWriter(file, line)
             if fresh:
                 writer.writeheader()
