@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from ood_core.backbones import _resolve_device, create_backbone, list_backbones
+from ood_core.backbones import _resolve_device, _resolve_dtype, create_backbone, list_backbones
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.open_clip import image_transform as open_clip_transform
 from ood_core.backbones.timm import TimmBackbone
@@ -844,6 +844,43 @@ def test_text_blocks_are_their_attention_then_their_feed_forward(tokenizer):
                 x = layer(x)
             features = F.normalize(backbone._project_text(backbone._read_end(x, end)), dim=-1)
         torch.testing.assert_close(features.float(), backbone.encode_text(TEXTS), rtol=1e-5, atol=1e-6)
+
+
+def test_auto_is_what_the_environment_names_or_what_the_processor_has(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("OOD_DTYPE", "float64")
+    assert _resolve_dtype("auto", cpu) == torch.float64
+    assert _resolve_dtype("float32", cpu) == torch.float32
+    monkeypatch.setenv("OOD_DTYPE", "flaot32")
+    with pytest.raises(UsageError, match=r"flaot32.*float32"):
+        _resolve_dtype("auto", cpu)
+    monkeypatch.delenv("OOD_DTYPE")
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("ood_core.backbones.cpu_has_bfloat16", lambda has=has: has)
+        assert _resolve_dtype("auto", cpu) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_an_open_clip_block_is_the_librarys_with_and_without_gradient(tower, dtype):
+    backbone = clip_backbone()
+    backbone.model.to(dtype)
+    width = backbone.layers(tower)[0].module.attn.embed_dim
+    x = torch.randn(3, 7, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = backbone.text.attn_mask[:7, :7] if tower == "text" else None
+    atol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    for layer in backbone.layers(tower, 7):
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        found, expected = layer(ours), layer.module(theirs, attn_mask=mask)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=atol)
+        direction = torch.linspace(-1, 1, width, dtype=dtype)
+        for output, start in ((found, ours), (expected, theirs)):
+            (output @ direction).sum().backward()
+            assert start.grad.abs().max() > 0
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=10 * atol)
 
 
 @pytest.mark.parametrize("backbone", layered())

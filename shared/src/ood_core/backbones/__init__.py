@@ -80,8 +80,9 @@ def create_backbone(
             weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME" (random weights), "hf:NAME_OR_FOLDER";
             any of them with "+edit:FOLDER" behind it, which is the same as `edit=FOLDER`.
         device: where it runs.
-        dtype: precision of the weights: "auto" (bfloat16 on GPUs and on CPUs with bfloat16 instructions, float32
-            elsewhere), "float32", "bfloat16", "float16" or a torch dtype. Results are float32 in any case.
+        dtype: precision of the weights: "auto" (what the environment variable OOD_DTYPE names; without it bfloat16
+            on GPUs and on CPUs with bfloat16 instructions, float32 elsewhere), "float32", "bfloat16", "float16" or a
+            torch dtype. Results are float32 in any case.
         edit: folder of a saved SeTAR edit to apply (needs `ood-setar`).
 
     Returns:
@@ -127,6 +128,8 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "auto":
+        dtype = os.environ.get("OOD_DTYPE", "auto")
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if dtype != "auto" and dtype not in named:
         raise unknown_name("dtype", dtype, ["auto", *named])

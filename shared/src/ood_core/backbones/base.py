@@ -45,10 +45,7 @@ def identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a transformer block is made of, as functions on tokens [..., D] (`post_norm`: Swin v2's order).
-
-    The block itself is `feed_forward(attend(x))`.
-    """
+    """A transformer block and what it is made of, as functions on tokens [..., D] (`post_norm`: Swin v2's order)."""
 
     norm1: Callable[[Tensor], Tensor]
     attention: Callable[[Tensor], Tensor]
@@ -59,6 +56,10 @@ class BlockParts:
     scale1: Callable[[Tensor], Tensor] = identity
     scale2: Callable[[Tensor], Tensor] = identity
     post_norm: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Tokens behind the block."""
+        return self.feed_forward(self.attend(x))
 
     def attend(self, x: Tensor) -> Tensor:
         """Tokens behind the attention and its residual."""
@@ -97,7 +98,7 @@ class Layer:
 
     Attributes:
         name: "TOWER.LAYER" as in the names of its weights, e.g. "visual.11".
-        block: the library's own block as a function of tokens.
+        block: from tokens to tokens, as the library's own block.
         parts: what the block is made of.
         module: the library's own module, with the block's weights.
         enter: what lies between the block below and this one (Swin's patch merging), else nothing.
