@@ -164,7 +164,14 @@ def test_reproduce_prints_ours_beside_the_paper(data, tmp_path, capsys):
     assert "±" in lines[1]
 
 
-def test_reproduce_the_parts_of_table_2(data, tmp_path, capsys):
+def test_reproduce_the_parts_of_table_2(data, tmp_path, capsys, monkeypatch):
+    judged, evaluate = set(), module.evaluate
+
+    def watch(made, **given):
+        judged.update((found.selection, found.csf) for found in made.values() if isinstance(found, HVL))
+        return evaluate(made, **given)
+
+    monkeypatch.setattr(module, "evaluate", watch)
     triple = ["--ood-triples", "ADI,BACK,DEB"]
     assert reproduce(data, tmp_path, "--study", "parts", "--seeds", "0", *triple, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -175,8 +182,8 @@ def test_reproduce_the_parts_of_table_2(data, tmp_path, capsys):
         assert (selection != "none", selection == "gain") == (row["ood_loss"], row["entropy_gain"])
         assert options.get("csf", True) == row["csf"]
     assert found["published"][-1]["auroc"] == 90.95
-    # Of the few images one measure alone may agree by chance.
-    assert found["results"]["HVL"] != found["results"]["background"]
+    # Of so few images, figures may agree by chance: what was judged may not.
+    assert judged >= {(options.get("selection", "gain"), options.get("csf", True)) for options in PARTS.values()}
 
 
 def test_a_dry_run_says_what_is_there(data, tmp_path, capsys):
