@@ -32,7 +32,6 @@ RESULT = Path(__file__).parent / "results" / "iim.json"
 MAIN: dict[str, dict[str, Any]] = {
     "paper": {"form": "paper", "loss_form": "paper"},
     "released": {"form": "released", "loss_form": "released"},
-    "without L_neg": {"lambda_neg": 0.0},
 }
 VARIATIONS: dict[str, dict[str, Any]] = {
     "k = 8": {"k": 8, "train_k": 8},
@@ -57,6 +56,8 @@ def settings(shots: list[int], which: list[str]) -> dict[str, dict[str, Any]]:
     for count in shots:
         for label, options in MAIN.items() if "main" in which else ():
             found[f"{count} shots, {label}"] = {"shots": count, "seeds": 3, "options": options}
+    if "main" in which:
+        found[f"{shots[0]} shots, without L_neg"] = {"shots": shots[0], "seeds": 3, "options": {"lambda_neg": 0.0}}
     for label, options in STUDIES["losses"].items() if "losses" in which else ():
         found[f"Table 2: {label}"] = {"shots": shots[0], "seeds": 1, "options": options}
     for label, options in VARIATIONS.items() if "variations" in which else ():
