@@ -66,11 +66,11 @@ def settings(shots: list[int], which: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def figures(detectors: dict[str, Any]) -> dict[str, Any]:
-    """Of every score the AUROC and FPR95 by set and of "far_mean", and the accuracy."""
+    """Of every score the AUROC and FPR95 near and far, and the accuracy."""
     found = {}
     for name, one in with_far_mean(detectors).items():
-        measured = one["per_set"] | {"far_mean": one["far_mean"]}
-        found[name] = {key: {m: figure[m] for m in ("auroc", "fpr95")} for key, figure in measured.items()}
+        groups = {"near": one["per_set"]["near"], "far_mean": one["far_mean"]}
+        found[name] = {group: {m: figure[m] for m in ("auroc", "fpr95")} for group, figure in groups.items()}
         found[name]["accuracy"] = one["accuracy"]
     return found
 

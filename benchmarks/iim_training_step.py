@@ -5,8 +5,8 @@
 The usual way encodes all prompts at 77 tokens in one batch and keeps every activation. Ours cuts each prompt behind
 its end mark (exact under the causal mask), runs prompts of like length together and, above `max_prompt_batch`, computes
 activations again. Each job runs in a process of its own; random weights, real shapes. With --classes 1000
---negatives 300 the usual way does not fit into ordinary memory: leave it out with --skip usual; its memory is then
-extrapolated from the small case by the number of prompts, and marked so. Writes
+--negatives 300 the usual way does not fit into ordinary memory: leave it out with --skip usual; the document then
+extrapolates it from the small case by the number of prompts, and says so. Writes
 benchmarks/results/iim_training_step.json.
 """
 
