@@ -1,8 +1,8 @@
 """The fast form on any device: a few images at a time, one matmul and one exponential each, no probability tensor.
 
 Both softmaxes are monotone in logit - logsumexp, so the k largest entries are found in log space and only they are
-exponentiated again. The k largest entries of a matrix lie in the k rows with the largest maxima, so most rows (and,
-for the other direction, columns) never reach the selection. Both steps are exact, ties included.
+exponentiated again. The k largest entries of a matrix lie in the k rows with the largest maxima, and of these in the k
+columns with the largest maxima, so most entries never reach the selection. Both steps are exact, ties included.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ def _means_of_largest(logits: Tensor, best: Tensor, normaliser: Tensor, ks: list
 
     logits [N, R, S], normaliser [N, R]; `best` [N, R] are the rows' largest entries of the difference.
     """
-    most = max(ks)
+    most, images = max(ks), torch.arange(len(logits), device=logits.device)[:, None]
     if most < logits.shape[1]:
         rows = best.topk(most).indices
-        logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[2]))
-        normaliser = normaliser.gather(1, rows)
-    top = (logits - normaliser[..., None]).flatten(1).topk(most).values.exp()
+        logits, normaliser = logits[images, rows], normaliser[images, rows]
+    shifted = logits - normaliser[..., None]
+    if most < shifted.shape[2]:
+        shifted = shifted.mT[images, shifted.amax(1).topk(most).indices]
+    top = shifted.flatten(1).topk(most).values.exp()
     return torch.stack([top[:, :k].mean(1) for k in ks], 1)
