@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from ood_core.backbones.linear import NamedLinear
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError, unknown_name
 
-__all__ = ["FEATURES", "Backbone", "BlockParts", "Layer", "hash_tensors", "identity"]
+__all__ = ["FEATURES", "Backbone", "BlockParts", "Decision", "Layer", "hash_tensors", "identity"]
 
 FEATURES = ("image", "local", "logits")
 
@@ -41,6 +41,20 @@ _EXAMPLES = {
 def identity(x: Tensor) -> Tensor:
     """The missing layer."""
     return x
+
+
+class Decision(NamedTuple):
+    """One thing that loading a backbone decided, for `ood doctor SPEC`.
+
+    Attributes:
+        what: e.g. "activation", "image size", "mean", "tokenizer".
+        value: as it is used, e.g. "QuickGELU".
+        source: where it comes from, e.g. "the configuration of the tag 'openai'".
+    """
+
+    what: str
+    value: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,7 @@ class Backbone(ABC):
         width: embedding width d.
         logit_scale: factor of cosines in the model's own logits (1.0 without a text tower).
         label_names: class names of a classifier head, if the library knows them.
+        decisions: what loading decided and from what; empty for a backbone made in code.
 
     Example:
         >>> from ood_core import create_backbone
@@ -147,6 +162,7 @@ class Backbone(ABC):
     width: int
     logit_scale: float = 1.0
     label_names: list[str] | None = None
+    decisions: tuple[Decision, ...] = ()
     context_length: int = 0
 
     def __init__(self, model: nn.Module, transform: ImageTransform, *, spec: str) -> None:
@@ -240,7 +256,7 @@ class Backbone(ABC):
     def copy(self) -> Self:
         """An independent backbone with the same weights."""
         twin = self._twin(copy.deepcopy(self.model))
-        twin._hash, twin._edits = self._hash, dict(self._edits)
+        twin._hash, twin._edits, twin.decisions = self._hash, dict(self._edits), self.decisions
         twin.logit_scale = self.logit_scale  # read before the weights were rounded
         # Features that a method adds are computed from the original's weights: the copy goes without them.
         return twin
