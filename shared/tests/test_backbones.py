@@ -856,7 +856,7 @@ def test_auto_is_what_the_environment_names_or_what_the_processor_has(monkeypatc
         _resolve_dtype("auto", cpu)
     monkeypatch.delenv("OOD_DTYPE")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("ood_core.backbones.cpu_has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr("ood_core._devices.cpu_has_bfloat16", lambda has=has: has)
         assert _resolve_dtype("auto", cpu) == expected
 
 

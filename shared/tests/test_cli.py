@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,41 @@ def test_json_is_one_value_and_nothing_else(data, capsys, tmp_path):
     assert {"mcm", "knn"} <= set(json.loads(out)["detectors"])
     code, out, _ = run(capsys, "doctor", "--json")
     assert json.loads(out)["installed"]["torch"]
+
+
+def test_names_are_listed_without_loading_torch():
+    script = "import sys; from ood_core.cli import main; main(['list']); sys.exit('torch' in sys.modules)"
+    listed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "  mcm\n" in listed.stdout
+    assert "  tiny\n" in listed.stdout
+
+
+def test_list_check_says_what_detectors_need_and_which_are_broken(monkeypatch, capsys):
+    entries = {name: EntryPoint(name, "ood_core.detectors.distance:KNN", "ood.detectors") for name in ("knn", "mine")}
+    entries["mine"] = EntryPoint("mine", "no_such_package:Mine", "ood.detectors")
+    monkeypatch.setattr("ood_core.detectors._entry_points", lambda: entries)
+    code, out, _ = run(capsys, "list", "--json")
+    assert (code, "broken" in json.loads(out)) == (0, False)
+    code, out, _ = run(capsys, "list", "--check", "--json")
+    assert json.loads(out)["needs"] == {"knn": ["image"]}
+    assert "no_such_package" in json.loads(out)["broken"]["mine"]
+    code, out, _ = run(capsys, "list", "--check")
+    assert [line.split(":")[0].split() for line in out.splitlines()[1:3]] == [
+        ["knn", "needs", "image"],
+        ["mine", "broken"],
+    ]
+
+
+def test_doctor_of_a_backbone_says_what_was_decided(capsys):
+    code, out, _ = run(capsys, "doctor", "tiny", "--dtype", "float32", "--json")
+    found = json.loads(out)
+    assert (code, found["backbone"]) == (0, "tiny")
+    assert found["fingerprint"] == create_backbone("tiny", dtype="float32").fingerprint
+    values = {row["what"]: row["value"] for row in found["decisions"]}
+    assert (values["patch grid"], values["width"]) == ("8 x 8", "192")
+    code, out, _ = run(capsys, "doctor", "tiny")
+    assert "patch grid" in out
+    assert run(capsys, "doctor", "tinny")[0] == 2
 
 
 def test_plain_score_prints_a_row_per_image(data, capsys):

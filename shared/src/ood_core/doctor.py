@@ -1,17 +1,20 @@
-"""What is installed, which devices there are, and what would help."""
+"""What is installed, which devices there are, what would help, and what loading a backbone decided."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ood_core.backbones import _resolve_dtype
-from ood_core.detectors import broken_detectors
+from ood_core.detectors import broken_detectors, detector_class, list_detectors
 
-__all__ = ["examine"]
+if TYPE_CHECKING:
+    from ood_core.backbones.base import Backbone
+
+__all__ = ["check_plugins", "examine", "examine_backbone"]
 
 _OPTIONAL = {
     "transformers": "backbones hf:...: pip install 'ood-core[transformers]'",
@@ -40,6 +43,40 @@ def examine() -> dict[str, Any]:
         "broken detectors": broken_detectors() or ["none"],
         "suggestions": [hint for name, hint in _OPTIONAL.items() if not found[name]] or ["nothing is missing"],
     }
+
+
+def check_plugins() -> dict[str, Any]:
+    """What every detector needs of a backbone, and the error of those whose package cannot be imported.
+
+    Returns:
+        "needs": name -> capabilities, sorted; "broken": name -> error.
+
+    Example:
+        >>> check_plugins()["needs"]["mcm"]
+        ['image', 'text']
+    """
+    broken = broken_detectors()
+    working = (name for name in list_detectors() if name not in broken)
+    return {"needs": {name: sorted(detector_class(name).capabilities) for name in working}, "broken": broken}
+
+
+def examine_backbone(backbone: Backbone) -> dict[str, Any]:
+    """What a backbone is, and what loading it decided.
+
+    Returns:
+        "backbone" (its spec), "fingerprint" and "decisions": a list of {"what", "value", "source"}.
+
+    Example:
+        >>> from ood_core import create_backbone
+        >>> examine_backbone(create_backbone("tiny"))["backbone"]
+        'tiny'
+    """
+    made = [("capabilities", ", ".join(sorted(backbone.capabilities))), ("width", str(backbone.width))]
+    if backbone.grid:
+        made.append(("patch grid", " x ".join(map(str, backbone.grid))))
+    decisions = [decision._asdict() for decision in backbone.decisions]
+    decisions += [{"what": what, "value": value, "source": "the loaded network"} for what, value in made]
+    return {"backbone": backbone.spec, "fingerprint": backbone.fingerprint, "decisions": decisions}
 
 
 def _version(distribution: str) -> str | None:

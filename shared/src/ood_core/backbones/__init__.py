@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
-from ood_core._devices import cpu_has_bfloat16
 from ood_core.errors import UsageError, unknown_name
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # names are listed without loading torch
+    import torch
+
     from ood_core.backbones.base import Backbone
 
 __all__ = ["create_backbone", "list_backbones"]
@@ -113,6 +112,8 @@ def create_backbone(
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
+    import torch
+
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -126,6 +127,10 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    import torch
+
+    from ood_core._devices import cpu_has_bfloat16
+
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

@@ -11,6 +11,7 @@ from ood_core.cli.common import (
     add_backbone_arguments,
     add_command,
     add_detector_arguments,
+    add_device_arguments,
     add_evaluation_arguments,
     add_extraction_arguments,
     add_fdr_argument,
@@ -45,11 +46,17 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = add_command(verbs, "list", protocols.list_names, "list detectors and backbones, or protocols")
     listing.add_argument("what", nargs="?", choices=["protocols"], help="protocols: the benchmarks")
+    listing.add_argument("--check", action="store_true", help="import every detector: what it needs, or its error")
     listing.add_argument("--json", action="store_true")
 
     doctor = add_command(
-        verbs, "doctor", commands.doctor, "say what is installed, which devices there are, what would help"
+        verbs,
+        "doctor",
+        commands.doctor,
+        "say what is installed and what would help, or what loading a backbone decides",
     )
+    doctor.add_argument("spec", metavar="SPEC", nargs="?", help="a backbone to load (see `ood list`)")
+    add_device_arguments(doctor)
     doctor.add_argument("--json", action="store_true")
 
     extract = add_command(verbs, "extract", commands.extract, "compute features once and keep them")

@@ -34,25 +34,36 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def list_names(args: argparse.Namespace) -> None:
-    """Detectors and backbones, broken plug-ins with their error."""
+    """Names of detectors and backbones; with --check what each detector needs, or why it cannot be imported."""
     from ood_core.backbones import list_backbones
-    from ood_core.detectors import broken_detectors, list_detectors
+    from ood_core.detectors import list_detectors
 
-    broken = broken_detectors()
-    content = {"detectors": list_detectors(), "backbones": list_backbones(), "broken": broken}
+    content: dict[str, Any] = {"detectors": list_detectors(), "backbones": list_backbones()}
+    if args.check:
+        from ood_core.doctor import check_plugins
+
+        content |= check_plugins()
     if args.json:
         print_json(content)
         return
-    _print(
-        "Detectors:", *(f"  {n}" + (f"  (broken: {broken[n]})" if n in broken else "") for n in content["detectors"])
-    )
+    wide = max(map(len, content["detectors"]))
+    _print("Detectors:", *(f"  {name:{wide}}  {_checked(name, content)}".rstrip() for name in content["detectors"]))
     _print("Backbones:", *(f"  {name}" for name in content["backbones"]))
 
 
-def doctor(args: argparse.Namespace) -> None:
-    """Report the installation."""
-    from ood_core.doctor import examine
+def _checked(name: str, content: Mapping[str, Any]) -> str:
+    if name in content.get("broken", {}):
+        return f"broken: {content['broken'][name]}"
+    return f"needs {', '.join(content['needs'][name])}" if "needs" in content else ""
 
+
+def doctor(args: argparse.Namespace) -> None:
+    """Report the installation, or what loading a backbone decided."""
+    from ood_core.doctor import examine, examine_backbone
+
+    if args.spec:
+        print_decisions(examine_backbone(load_backbone(args, args.spec)), args)
+        return
     found = examine()
     if args.json:
         print_json(found)
@@ -60,6 +71,16 @@ def doctor(args: argparse.Namespace) -> None:
     for title, lines in found.items():
         rows = lines.items() if isinstance(lines, dict) else ((line, "") for line in lines)
         _print(f"{title}:", *(f"  {name}{f'  {value}' if value else ''}" for name, value in rows))
+
+
+def print_decisions(found: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """What `examine_backbone` found, a line for each decision."""
+    if args.json:
+        print_json(found)
+        return
+    rows = [[row["what"], row["value"], row["source"]] for row in found["decisions"]]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    _print(*(f"{what:{widths[0]}}  {value:{widths[1]}}  {source}".rstrip() for what, value, source in rows))
 
 
 def extract(args: argparse.Namespace) -> None:

@@ -92,6 +92,11 @@ def add_backbone_arguments(
     parser.add_argument(
         "--backbone", metavar="SPEC", default=default, help=f"see `ood list` (default: {default or 'tiny'})"
     )
+    add_device_arguments(parser, dtype=dtype)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
+    """--device, --dtype."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", default=dtype, help=f"auto, float32 or bfloat16 (default: {dtype})")
 
