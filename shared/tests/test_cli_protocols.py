@@ -163,7 +163,9 @@ def test_options_come_before_the_protocol_s(packs, capsys, tmp_path):
     assert "mole" in set(frame.loc[frame["source"] == "id", "label"])
 
 
-def test_the_convention_is_the_protocol_s(tmp_path, capsys):
+@pytest.fixture
+def imagenet(tmp_path):
+    """Two classes of ImageNet-1k and its OOD sets, an image each."""
     for name in (
         "imagenet/val/n01440764/a",
         "imagenet/val/n01443537/b",
@@ -174,9 +176,32 @@ def test_the_convention_is_the_protocol_s(tmp_path, capsys):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (len(name), 99, 0)).save(tmp_path / f"{name}.png")
-    argv = ["evaluate", "--detector", "mcm", "--protocol", "imagenet-1k", "--root", tmp_path, "--out", tmp_path / "out"]
+    return tmp_path
+
+
+def test_the_convention_is_the_protocol_s(imagenet, capsys):
+    argv = ["evaluate", "--detector", "mcm", "--protocol", "imagenet-1k", "--root", imagenet, "--out", imagenet / "out"]
     code, out, _ = run(capsys, *argv, "--json")
     assert (code, json.loads(out)["data"]["convention"]) == (0, "released")
+    assert "published_accuracy" not in json.loads(out)["detectors"]["mcm"]  # nothing is known of tiny on ImageNet
+
+
+def test_a_zero_shot_accuracy_far_from_the_published_one_is_told(imagenet, monkeypatch, capsys):
+    row = {"specs": ["tiny"], "templates": "photo", "accuracy": 99.0, "source": "a test"}
+    monkeypatch.setattr("ood_core.published._imagenet_rows", lambda: [row])
+    monkeypatch.setattr("ood_core.cli.protocols._IMAGENET_CLASSES", 2)
+    argv = ["evaluate", "--protocol", "imagenet-1k", "--root", imagenet, "--out", imagenet / "out", "--json"]
+    code, out, err = run(capsys, *argv, "--detector", "mcm", "msp", "gl_mcm")
+    found = json.loads(out)
+    assert code == 0
+    assert "published_accuracy" not in found["detectors"]["msp"]  # it names no class
+    for name in ("mcm", "gl_mcm"):
+        record = found["detectors"][name]["published_accuracy"]
+        assert record["difference"] == pytest.approx(100 * found["detectors"][name]["accuracy"] - 99)
+        assert record["off"]
+    assert err.count("Zero-shot accuracy of tiny: 50.00 %, published 99.00 %") == 1
+    assert "ood doctor tiny" in found["data"]["notes"][-1]
+    assert "ood doctor tiny" in (imagenet / "out" / "report.html").read_text()
 
 
 def test_a_protocol_of_several_tasks_is_averaged(packs, capsys, tmp_path):

@@ -155,8 +155,32 @@ def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation
     )
     sets = [row.to_dict() for row in task.found]
     found.results["protocol"] = {"name": task.name, "title": task.title, "sets": sets}
+    if len(task.wnids) == _IMAGENET_CLASSES:
+        _put_published_accuracy(found.results, detectors)
     found.write(out)
     return found
+
+
+_IMAGENET_CLASSES = 1000
+
+
+def _put_published_accuracy(results: dict[str, Any], detectors: Mapping[str, Detector]) -> None:
+    """The zero-shot detectors' ID accuracy beside the published one: in the results, and a sentence for people."""
+    from ood_core.detectors.zero_shot import ZeroShot
+    from ood_core.published import accuracy_beside
+
+    said = {}
+    for name, detector in detectors.items():
+        figures = results["detectors"][name]
+        if not isinstance(detector, ZeroShot) or "accuracy" not in figures or detector.backbone is None:
+            continue
+        record, sentence = accuracy_beside(detector.backbone.spec, detector.template, figures["accuracy"])
+        if record:
+            figures["published_accuracy"] = record
+            said[sentence] = record["off"]
+    for sentence in said:
+        message(sentence)
+    results["data"]["notes"] += [sentence for sentence, off in said.items() if off]
 
 
 def _to_fit(detectors: Mapping[str, Detector]) -> bool:

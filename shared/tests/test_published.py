@@ -1,0 +1,82 @@
+"""Our figures beside published ones: differences, flags, and the accuracies that tell a wrong network."""
+
+import json
+from importlib.resources import files
+
+import open_clip
+import pytest
+from ood_core.backbones.open_clip import _check_names
+from ood_core.published import (
+    MARGIN,
+    Beside,
+    accuracy_beside,
+    beside,
+    difference_cells,
+    imagenet_accuracy,
+    legend,
+)
+
+ROWS = json.loads((files("ood_core.published") / "imagenet_zero_shot.json").read_text())["rows"]
+
+
+def test_only_what_both_have_is_compared():
+    ours = {"SUN": {"auroc": 90.0, "fpr95": 40.0}, "mine": {"auroc": 1.0}}
+    found = beside("MCM", ours, {"SUN": {"auroc": 92.57, "fpr95": None}, "Places": {"auroc": 89.0}})
+    assert [(one.place, one.measure) for one in found] == [("SUN", "auroc")]
+    assert found[0].difference == pytest.approx(-2.57)
+    assert found[0].off
+    assert found[0].to_dict()["difference"] == -2.57
+
+
+@pytest.mark.parametrize(
+    ("difference", "off"), [(0, False), (MARGIN, False), (-MARGIN, False), (1.51, True), (-9, True)]
+)
+def test_figures_are_flagged_beyond_the_margin_in_either_direction(difference, off):
+    assert Beside("x", "y", "auroc", 50 + difference, 50).off == off
+
+
+def test_cells_follow_the_columns():
+    found = [Beside("MCM", "SUN", "auroc", 90, 92.57), Beside("MCM", "SUN", "fpr95", 40, 39)]
+    assert difference_cells(found, ["Places", "SUN"], ["fpr95", "auroc"]) == ["", "+1.00 / -2.57!"]
+    assert "1 of 2 figures is more" in legend(found)
+    assert legend(found[1:]) == "All 1 figures are within 1.5 points of the published ones."
+    assert "most: MCM, SUN, fpr95 by +9.00" in legend([*found, Beside("MCM", "SUN", "fpr95", 48, 39)])
+    assert legend([]).startswith("No published figure")
+
+
+def test_published_accuracies_are_of_names_that_open_clip_knows_and_each_of_one_figure():
+    seen = set()
+    for row in ROWS:
+        assert 20 < row["accuracy"] < 90
+        for spec in row["specs"]:
+            assert (spec, row["templates"]) not in seen
+            seen.add((spec, row["templates"]))
+            library, _, name = spec.partition(":")
+            if library == "open_clip":
+                _check_names(*name.split("/"))
+    known = {f"open_clip:{model}/{tag}" for model, tag in open_clip.list_pretrained() if tag == "openai"}
+    assert known <= {spec for spec, _ in seen}
+
+
+def test_the_figure_of_the_same_prompts_is_preferred():
+    spec = "open_clip:ViT-B-16/openai"
+    assert imagenet_accuracy(spec, "imagenet") == {**imagenet_accuracy(spec, "imagenet"), "accuracy": 68.34}
+    assert imagenet_accuracy(spec, "a photo of a {}.")["accuracy"] == 66.73
+    assert imagenet_accuracy(spec, "a photo of a {}.")["same_prompts"]
+    assert not imagenet_accuracy(spec, "a drawing of a {}")["same_prompts"]
+    assert imagenet_accuracy("hf:openai/clip-vit-base-patch16", "imagenet")["accuracy"] == 68.34
+    assert imagenet_accuracy("tiny", "imagenet") is None
+    assert imagenet_accuracy(f"{spec}+edit:somewhere", "imagenet") is None
+
+
+def test_the_loss_of_a_wrong_activation_is_told():
+    record, sentence = accuracy_beside("open_clip:ViT-B-16/openai", "imagenet", 0.6434)
+    assert record["off"]
+    assert record["difference"] == -4.0
+    assert "64.34 %, published 68.34 % (difference -4.00)" in sentence
+    assert "ood doctor open_clip:ViT-B-16/openai" in sentence
+    record, sentence = accuracy_beside("open_clip:ViT-B-16/openai", "imagenet", 0.6812)
+    assert not record["off"]
+    assert "doctor" not in sentence
+    assert "other prompts" in accuracy_beside("open_clip:ViT-L-14/openai", "a photo of a {}", 0.74)[1]
+    assert accuracy_beside("tiny", "imagenet", 0.5) == ({}, "")
