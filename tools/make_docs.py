@@ -800,8 +800,8 @@ def section(name: str) -> str:
     if name not in AWAITED:
         return ""
     return (
-        f"## {AWAITED[name]}\n\nNot measured with the present weights of `tiny` yet; figures of earlier weights are not "
-        f"shown. Make it with `uv run python -m benchmarks {name} --packs FOLDER --work FOLDER`.\n"
+        f"## {AWAITED[name]}\n\nNot measured with the present weights of `tiny` yet; those of earlier weights are left "
+        f"out. Make it with `uv run python -m benchmarks {name} --packs FOLDER --work FOLDER`.\n"
     )
 
 
