@@ -128,7 +128,7 @@ class IIM(TrainedDetector):
         form: of the score with negatives, "paper" or "released".
         train_k: positive patches per class in the losses; None as for `k`.
         train_temperature: divides the cosines in the losses; None: the inverse of the model's logit scale (0.01 for
-            CLIP), as the released code; 1: the T of the paper's text, with which hardly anything is learned.
+            CLIP), as the released code; 1: the T of the paper's text.
         loss_form: of the negative loss, "paper" or "released".
         region: hard negatives, "next" (ranks k + 1 to 2k) or "all" (k + 1 to P).
         hard_negative_mining: other classes and negatives are read at their own best patches.
