@@ -228,3 +228,28 @@ def test_live_views_are_the_views_of_their_epoch(source):
     for epoch in (2, 0):
         expected = torch.stack([transform(views.open(epoch * len(source) + row)) for row in rows.tolist()])
         assert torch.equal(live(rows, epoch), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_live_views_are_the_same_with_workers_that_run_ahead(source, workers):
+    transform = ImageTransform(crop=SIZE, resize=None)
+    plain, ahead = (LiveViews(source, transform, seed=3, workers=n) for n in (0, workers))
+    batches = [torch.tensor([4, 0]), torch.tensor([2]), torch.tensor([1, 3, 0])]
+    for epoch in (0, 1):
+        ahead.prepare(epoch, batches)
+        for rows in batches:
+            assert torch.equal(ahead(rows, epoch), plain(rows, epoch))
+    ahead.prepare(2, batches)
+    for rows, epoch in ((batches[1], 2), (batches[0], 2), (batches[1], 5)):  # other than announced
+        assert torch.equal(ahead(rows, epoch), plain(rows, epoch))
+
+
+def test_workers_say_which_image_cannot_be_read(tmp_path):
+    noise(9, 9).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    live = LiveViews(ImageFolder(tmp_path), ImageTransform(crop=SIZE, resize=None), workers=1)
+    batches = [torch.tensor([0]), torch.tensor([1])]
+    live.prepare(0, batches)
+    assert len(live(batches[0], 0)) == 1
+    with pytest.raises(ImageError, match=r"b\.png"):
+        live(batches[1], 0)

@@ -118,6 +118,25 @@ def test_every_epoch_visits_every_row_once_in_an_order_of_its_own():
     assert other.seen != run.seen
 
 
+def test_what_an_epoch_will_ask_for_is_announced():
+    announced, asked = [], []
+    weight = nn.Parameter(torch.ones(1))
+
+    def losses(rows, epoch):
+        asked.append((epoch, rows.tolist()))
+        return {"square": weight.square().sum()}
+
+    def before(epoch, batches):
+        announced.extend((epoch, rows.tolist()) for rows in batches)
+        assert len(asked) == epoch * 3
+
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    options = {"size": 11, "epochs": 2, "batch_size": 4, "optimizer": optimizer, "learning_rate": rate, "seed": 0}
+    train({"weight": weight}, losses, **options, before_epoch=before)
+    assert announced == asked
+    assert len(asked) == 6
+
+
 @pytest.mark.parametrize(
     ("batch_size", "drop_last", "sizes"),
     [(4, True, [4, 4]), (5, True, [5, 5]), (11, True, [11]), (32, True, [11]), (32, False, [11]), (1, True, [1] * 11)],

@@ -1,19 +1,24 @@
 """The commands from fit to reproduce, on miniature image folders, in one process."""
 
+import argparse
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ood_core import create_backbone
 from ood_core.data import scenes
+from ood_core.prompts import text_features
 from ood_iim import commands, plot
 from ood_iim.cli import main
 from ood_iim.commands import _published
-from ood_iim.studies import STUDIES
+from ood_iim.prototypes import imagenet_halves, prototypes
+from ood_iim.studies import STUDIES, within_grid
 from PIL import Image
 
-KINDS = ("positive", "negative")
 QUICK = ["--dtype", "float32", "--param", "epochs=1", "--param", "negative_prompts=2"]
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
 
@@ -121,6 +126,7 @@ def test_import(tmp_path, capsys):
         (["evaluate", "--detector", "{data}", "--id", "x", "--ood", "y", "--out", "{tmp}"], 3, "no saved detector"),
         (["reproduce", "--root", "{data}", "--study", "loses"], 2, "Did you mean 'losses'"),
         (["reproduce", "--root", "{data}", "--protocol", "imagenet"], 2, "Unknown protocol 'imagenet'"),
+        (["reproduce"], 2, "Give --root DIR"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, code, words, data, detector, tmp_path, capsys):
@@ -164,37 +170,173 @@ def test_reproduce_prints_our_table_beside_the_papers(imagenet, tmp_path, capsys
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_studies_run_to_the_printed_table(study, imagenet, tmp_path, capsys, monkeypatch):
-    chosen = {next(iter(STUDIES[study])), "C_n=300"}
+@pytest.fixture
+def arguments(imagenet, tmp_path):
+    given = ["reproduce", "--root", str(imagenet), "--backbone", "tiny", "--shots", "2", "--seeds", "1"]
+    return [*given, "--out", str(tmp_path / "out"), "--dtype", "float32", "--workers", "0", "--param", "epochs=1"]
+
+
+FEW = ["--param", "negative_prompts=2"]
+
+
+def test_what_a_kept_run_rests_on_is_told_where_it_differs(arguments, imagenet, tmp_path, capsys):
+    assert main([*arguments, *FEW]) == 0
+    table = capsys.readouterr().out
+    images(tmp_path / "other", 3, 99)
+    names = tmp_path / "names.txt"
+    names.write_text("cod\nray\neel\ntuna\n")
+    for changed, told in (
+        (["--template", "no {}"], 'template was null, is "no {}"'),
+        (["--set", f"SUN={tmp_path / 'other'}"], f"images.SUN was {imagenet}/SUN (3 images, "),
+        (["--classes", str(names)], "class_names.sha256 was"),
+        (["--param", "lambda_neg=2"], "options.lambda_neg was 5.0, is 2.0"),
+        (["--dtype", "bfloat16"], 'backbone.dtype was "float32", is "bfloat16"'),
+    ):
+        assert main([*arguments, *FEW, *changed]) == 2
+        captured = capsys.readouterr()
+        assert told in captured.err
+        assert captured.out == ""
+    shutil.copytree(imagenet / "SUN", tmp_path / "copy", copy_function=shutil.copy)
+    assert main([*arguments, *FEW, "--set", f"SUN={tmp_path / 'copy'}"]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_main_table_and_sweeps_follow_one_rule_that_is_named(arguments, capsys, monkeypatch):
+    monkeypatch.setitem(STUDIES, "weights", {"C_n=300": {}})
+    assert main([*arguments, *FEW, "--study", "weights", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["convention"] == "released"
+    (name,) = found["results"]
+    swept = {row["alpha"]: row for row in found["study"][name]}
+    assert sorted(swept) == [0.0, 0.5, 1.0, 1.5]
+    for measure in ("fpr95", "auroc"):
+        own = found["results"][name]["s_mcm"]["average"][measure][0]
+        assert swept[1.0][measure] == pytest.approx(own, abs=1e-9)
+    assert main([*arguments, *FEW, "--study", "weights"]) == 0  # from what is kept
+    out = capsys.readouterr().out
+    assert "rule of FPR95: released" in out
+    assert "FPR95 (released)" in out
+
+
+@pytest.mark.parametrize("study", ["losses", "k", "weights", "scores"])
+def test_studies_run_to_the_printed_table(study, arguments, tmp_path, capsys, monkeypatch):
+    chosen = {*list(STUDIES[study])[:2], "C_n=300", "train_k=90"}
     few = {label: options for label, options in STUDIES[study].items() if label in chosen}
-    small = {label: {**options, "negative_prompts": 2, "train_k": 2} for label, options in few.items()}
-    monkeypatch.setitem(STUDIES, study, small)
-    arguments = ["reproduce", "--root", str(imagenet), "--backbone", "tiny", "--shots", "2", "--seeds", "1"]
-    arguments += ["--study", study, "--out", str(tmp_path), "--dtype", "float32", "--param", "epochs=1"]
-    assert main(arguments) == 0
+    monkeypatch.setitem(
+        STUDIES, study, {k: {**v, "negative_prompts": min(2, v.get("negative_prompts", 2))} for k, v in few.items()}
+    )
+    assert main([*arguments, "--study", study]) == 0
     assert "FPR95 / AUROC" in capsys.readouterr().out
-    assert len(list(tmp_path.rglob("trial.json"))) == len(small)
+    trials = [json.loads(file.read_text()) for file in tmp_path.rglob("trial.json")]
+    assert len(trials) == len(few)
+    if study == "k":  # 8 x 8 patches, and as many behind the best ones
+        assert sorted(one["recipe"]["options"]["train_k"] for one in trials) == [1, 5, 32]
 
 
-def test_mined_patches_are_drawn_once_each(tmp_path, monkeypatch):
+def test_rows_of_the_k_study_follow_the_grid():
+    def rows(patches, **options):
+        return list(within_grid({label: own | options for label, own in STUDIES["k"].items()}, patches))
+
+    assert rows(196) == rows(256) == list(STUDIES["k"])
+    assert rows(64) == ["train_k=1", "train_k=5", "train_k=10", "train_k=20", "train_k=32"]
+    assert rows(49) == ["train_k=1", "train_k=5", "train_k=10", "train_k=20", "train_k=24"]
+    assert rows(64, lambda_neg=0.0)[-1] == "train_k=64"
+    assert rows(64, region="all")[-1] == "train_k=63"
+
+
+def test_what_a_study_varies_is_not_overridden(arguments, tmp_path, capsys, monkeypatch):
+    losses = {label: STUDIES["losses"][label] for label in ("L_pos", "all")}
+    monkeypatch.setitem(STUDIES, "losses", losses)
+    assert main([*arguments, "--study", "losses", *FEW]) == 0
+    assert "negative_prompts=2 holds in all; the study itself sets it in L_pos." in capsys.readouterr().err
+    trials = [json.loads(file.read_text())["recipe"]["options"] for file in tmp_path.rglob("trial.json")]
+    assert sorted(one["negative_prompts"] for one in trials) == [0, 2]
+    assert main([*arguments, "--study", "k", "--param", "train_k=3"]) == 2
+    assert "train_k=3 would count nowhere" in capsys.readouterr().err
+    assert main([*arguments, "--param", "lambda=3"]) == 2
+    assert "option of 'iim' 'lambda'" in capsys.readouterr().err
+
+
+def test_the_preset_of_imagenet_100_holds_in_studies(monkeypatch):
+    monkeypatch.setattr(commands, "message", lambda text: None)
+
+    def settings(protocol, *given):
+        args = argparse.Namespace(study="losses", protocol=protocol, param=list(given))
+        return commands._settings(args, None)
+
+    for protocol, scale, negatives in (("imagenet-100", 0.65, "ignore"), ("imagenet-1k", None, None)):
+        rows = settings(protocol)
+        assert list(rows) == list(STUDIES["losses"])
+        assert {row.get("crop_scale") for row in rows.values()} == {scale}
+        assert {row.get("negatives") for row in rows.values()} == {negatives}
+    assert {row["crop_scale"] for row in settings("imagenet-100", "crop_scale=0.5").values()} == {0.5}
+
+
+def test_features_of_test_images_are_kept_for_the_next_trial(arguments, tmp_path, capsys, monkeypatch):
+    assert main([*arguments, *FEW]) == 0
+    assert f"kept in {tmp_path}/out/features (0.0 GB)" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.safetensors")}
+    assert len(kept) == 5
+    assert main([*arguments, *FEW, "--seeds", "2"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.safetensors")} == kept
+    assert main([*arguments, *FEW, "--seeds", "3", "--no-cache"]) == 0
+    assert "kept in" not in capsys.readouterr().err.split("2:")[-1]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    assert main([*arguments, *FEW, "--seeds", "4"]) == 0
+    assert "too much for its disk" in capsys.readouterr().err
+
+
+def test_prototypes_of_two_lists(tmp_path, capsys):
+    easy, hard = tmp_path / "easy.txt", tmp_path / "hard.txt"
+    easy.write_text("dog\ncar\nhouse\nriver\n")
+    hard.write_text("striped star\ndotted star\nstriped ring\n")
+    given = ["reproduce", "--study", "prototypes", "--backbone", "tiny", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main([*given, "--lists", f"easy={easy}", f"hard={hard}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    texts = text_features(
+        create_backbone("tiny", dtype="float32"), ["dog", "car", "house", "river"], "a photo of a {}."
+    )
+    pairs = [float(texts[i] @ texts[j]) for i in range(4) for j in range(i + 1, 4)]
+    assert found["easy"]["similarities"] == pytest.approx(pairs, abs=1e-6)
+    assert found["easy"]["mean"] == pytest.approx(sum(pairs) / 6, abs=1e-6)
+    assert found["easy"]["quantiles"]["1"] == pytest.approx(max(pairs), abs=1e-6)
+    assert len(found["hard"]["similarities"]) == 3
+    assert [place["class"] for place in found["hard"]["map"]] == ["striped star", "dotted star", "striped ring"]
+    assert json.loads((tmp_path / "prototypes" / "prototypes.json").read_text()) == found
+    assert main([*given, "--lists", f"easy={easy}", f"hard={hard}"]) == 0
+    assert "cosine of pairs" in capsys.readouterr().out
+    hard.write_text("star\n")
+    assert main([*given, "--lists", f"hard={hard}"]) == 2
+    assert "List 'hard' has 1 classes" in capsys.readouterr().err
+
+
+def test_prototypes_are_drawn_once_each(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
     kept = []
     monkeypatch.setattr(plot, "save_figure", lambda figure, path: kept.append(figure))
-    rows = [{"x": float(i), "y": float(i % 7), "class": f"c{i % 11}", "kind": KINDS[i % 2]} for i in range(60)]
-    plot.draw_local_map(rows, tmp_path / "map.png")
-    (axis,) = kept[0].axes
-    drawn = sorted(tuple(place) for dots in axis.collections for place in dots.get_offsets().tolist())
-    assert drawn == [(row["x"], row["y"]) for row in rows]
-    labels = {dots.get_label() for dots in axis.collections if not dots.get_label().startswith("_")}
-    assert labels == {*(f"c{i}" for i in range(8)), "other classes"}
+    found = prototypes(create_backbone("tiny"), {"a": ["dog", "car"], "b": ["cat", "bus", "tree"]})
+    plot.draw_prototypes(found, tmp_path / "map.png")
+    left, right = kept[0].axes
+    drawn = [dots.get_offsets().tolist() for dots in right.collections]
+    assert drawn == [[[place["x"], place["y"]] for place in one["map"]] for one in found.values()]
+    assert {text.get_text() for text in kept[0].legends[0].get_texts()} == {"a (2 classes)", "b (3 classes)"}
+    assert len(left.patches) == 100
 
 
-def test_without_matplotlib_the_map_is_kept_as_numbers(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_figure_is_kept_as_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    commands._keep_local_map([{"x": 0.0, "y": 1.0, "class": "a", "kind": "positive"}], tmp_path)
+    names = tmp_path / "names.txt"
+    names.write_text("dog\ncat\ncow\n")
+    given = ["reproduce", "--study", "prototypes", "--backbone", "tiny", "--lists", f"pets={names}"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
     assert "pip install 'ood-iim[plot]'" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["local_map.json"]
+    assert [path.name for path in (tmp_path / "out" / "prototypes").iterdir()] == ["prototypes.json"]
+
+
+def test_the_halves_of_imagenet():
+    easy, hard = imagenet_halves().values()
+    assert len(easy) == len(hard) == 500
+    assert (easy[0], hard[-1]) == ("tench", "toilet paper")
 
 
 def test_table_2_stands_beside_the_study_of_the_losses():

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ood_core import create_detector, extract
@@ -18,11 +19,13 @@ from ood_core.backbones.transform import ImageTransform
 from ood_core.data import FewShot, ImageFolder, PILImages
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
+from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet
 from ood_core.functional import gl_mcm, mcm, r_mcm
 from ood_iim import functional
 from ood_iim.detectors import IIM
 from ood_iim.learner import PromptLearner, learning_rate
+from ood_iim.studies import sweep
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -163,6 +166,21 @@ def test_new_views_every_epoch_are_as_many_cached_ones(small_backbone, image_fol
     assert fewer.history[2]["loss"] != pytest.approx(live.history[2]["loss"], rel=1e-4)
 
 
+def test_worker_processes_change_no_result(small_backbone, image_folder):
+    states = [iim(small_backbone, epochs=2, batch_size=4).fit(image_folder, workers=n).state for n in (0, 1, 2)]
+    for state in states[1:]:
+        assert all(torch.equal(state[name], value) for name, value in states[0].items())
+
+
+def test_the_temperature_of_the_losses(small_backbone, features):
+    scale = float(small_backbone.logit_scale)
+    own, same, literal = (
+        iim(small_backbone, train_temperature=t).fit(features).history for t in (None, 1 / scale, 1.0)
+    )
+    assert same[0]["positive"] == pytest.approx(own[0]["positive"], rel=1e-5)
+    assert abs(literal[0]["positive"] - own[0]["positive"]) > 1e-2
+
+
 def test_equal_seeds_give_equal_scores(shared, small_backbone, features):
     again, other = (iim(small_backbone, seed=seed).fit(features) for seed in (1, 2))
     assert again.history == shared.history
@@ -249,6 +267,30 @@ def test_components_give_all_six_scores(fitted, features, temperature):
             assert scores.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(scores[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_components_and_sweeps_are_in_the_form_of_the_score(fitted, features):
+    paper = fitted.components(features).scores(1)
+    fitted.set_params(form="released")
+    ks = [20, 1, 4]
+    found = fitted.components(features, ks=ks)
+    for k in ks:
+        own = {
+            name: one.set_params(k=k).score_features(features)
+            for name, one in fitted.variants().items()
+            if name not in ("mcm", "gl_mcm")
+        }
+        for name, expected in own.items():
+            np.testing.assert_allclose(found.scores(k)[name], expected, rtol=1e-6)
+    assert not torch.allclose(found.scores(1)["s_mcm"], paper["s_mcm"], rtol=1e-5)
+    judged = evaluate({"iim": fitted.set_params(k=4)}, id=features, ood={"o": features[::2]})
+    (row,) = (
+        r
+        for r in sweep(fitted, id=features, ood={"o": features[::2]}, ks=ks, alphas=[1.0])
+        if r["k"] == 4 and r["negatives"] == "use"
+    )
+    assert row["auroc"] == judged.results["detectors"]["iim"]["average"]["auroc"]
+    assert row["convention"] == "standard"
 
 
 def test_components_by_default_and_out_of_range(fitted, features):
@@ -677,6 +719,7 @@ import torch
 import torch.nn.functional as F
 from ood_core.backbones.base import Backbone
 from ood_core.backbones.transform import ImageTransform
+from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet
 from ood_iim.detectors import IIM
 from safetensors.torch import save_file

@@ -6,6 +6,8 @@ float64, everything else is computed in float32. N images, P patches, C classes,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -130,13 +132,19 @@ def r_mcm(
     return mcm(image, text, temperature=temperature) + matched
 
 
-def _released_image_to_text(local: Tensor, text: Tensor, negatives: Tensor, k: int, temperature: float) -> Tensor:
-    """Mean of the k largest softmax probabilities of exp(cosine / T) / T instead of cosine / T."""
+def _released_image_to_text(
+    local: Tensor, text: Tensor, negatives: Tensor, k: int | Sequence[int], temperature: float
+) -> Tensor:
+    """Mean of the k largest softmax probabilities of exp(cosine / T) / T instead of cosine / T; of several k [N, K]."""
     _check.positive("temperature", temperature)
-    _check.integer("k", k, 1, local.shape[1] * len(text), "patches x classes")
+    ks = [k] if isinstance(k, int) else list(k)
+    for one in ks:
+        _check.integer("k", one, 1, local.shape[1] * len(text), "patches x classes")
     logits = (local @ torch.cat([text, negatives]).T / temperature).exp() / temperature
     probability = logits.softmax(-1)[..., : len(text)]
-    return probability.flatten(1).topk(k).values.mean(-1)
+    best = probability.flatten(1).topk(max(ks)).values
+    means = torch.stack([best[:, :one].mean(-1) for one in ks], 1)
+    return means[:, 0] if isinstance(k, int) else means
 
 
 def msp(logits: Tensor, *, temperature: float = 1.0) -> Tensor:

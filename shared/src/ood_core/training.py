@@ -41,6 +41,7 @@ def train(
     per_step: bool = False,
     drop_last: bool = False,
     whole_batch: bool = False,
+    before_epoch: Callable[[int, list[Tensor]], None] | None = None,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = True,
@@ -68,6 +69,8 @@ def train(
         per_step: step the rate with every batch instead; `learning_rate` is then given fractions of epochs.
         drop_last: leave out the last, smaller batch of an epoch, if it is not the only one.
         whole_batch: `losses` also gets the rows of all processes, as `batch`, for draws among them.
+        before_epoch: gets the epoch and the row numbers that `losses` will be asked for in this process, in order, so
+            that they can be made ready meanwhile, see `LiveViews.prepare`.
         after_epoch: epoch -> figures that join its history.
         checkpoint: file (safetensors) written after every epoch; None keeps nothing.
         resume: go on from `checkpoint` if it is there.
@@ -107,6 +110,8 @@ def train(
             batches = list(torch.randperm(size, generator=generator).split(batch_size))
             if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
                 batches.pop()
+            if before_epoch is not None:
+                before_epoch(epoch, [mine for rows in batches if len(mine := _share(rows, rank, world))])
             sums: dict[str, float] = {}
             for number, rows in enumerate(batches):
                 rate = learning_rate(epoch + number / len(batches) if per_step else epoch)
@@ -142,8 +147,7 @@ def _step(
 ) -> dict[str, float]:
     """One update; the losses over the whole batch."""
     optimizer.zero_grad(set_to_none=True)
-    # A batch smaller than the number of processes is computed by the first, so that names and shapes agree.
-    mine = rows[rank::world] if len(rows) >= world else rows[: len(rows) if rank == 0 else 0]
+    mine = _share(rows, rank, world)
     share = len(mine) / len(rows)
     found = losses(mine, epoch) if len(mine) else {}
     counts = _whole_counts(found, world)
@@ -164,6 +168,11 @@ def _step(
         means = {name: sum(one.get(name, 0.0) for one in everyone) for name in everyone[0]}
     optimizer.step()
     return means
+
+
+def _share(rows: Tensor, rank: int, world: int) -> Tensor:
+    """A process's rows of a batch; one smaller than their number is the first's, so that names and shapes agree."""
+    return rows[rank::world] if len(rows) >= world else rows[: len(rows) if rank == 0 else 0]
 
 
 def _whole_counts(losses: Losses, world: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from ood_core.cli.common import (
     add_backbone_arguments,
     add_command,
     add_score_arguments,
+    default_workers,
     run,
 )
 from ood_core.cli.methods import (
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--id", metavar="SOURCE", required=True, help="ID images, labelled for the accuracy")
     sweep.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", default=[], help="OOD test sets")
     sweep.add_argument("--validation", metavar="SOURCE", help="OOD images to choose by; test sets are not used for it")
+    sweep.add_argument("--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule")
     sweep.add_argument("--k", type=int, nargs="+", metavar="K", help="default: 1, 2, 5, 10, ... up to the patches")
     sweep.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5], metavar="A")
     sweep.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="T")
@@ -72,11 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = add_command(
         verbs, "reproduce", commands.reproduce, "run the paper's protocols on your data, beside its table"
     )
-    reproduce.add_argument("--root", metavar="DIR", required=True, help="data as the official code expects it")
+    reproduce.add_argument("--root", metavar="DIR", help="data as the official code expects it")
     reproduce.add_argument("--protocol", default="imagenet-1k", help="imagenet-1k, imagenet-500-easy, ... (see README)")
     reproduce.add_argument("--shots", type=int, nargs="+", default=[4], metavar="N")
     reproduce.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="S")
     reproduce.add_argument("--study", help="losses, weights, k, scores or prototypes instead of the main table")
+    reproduce.add_argument(
+        "--lists",
+        metavar="NAME=FILE",
+        nargs="+",
+        default=[],
+        help="class names that --study prototypes compares, without any images (default: both halves of ImageNet)",
+    )
     reproduce.add_argument(
         "--set", dest="overrides", metavar="NAME=DIR", action="append", default=[], help="other folder"
     )
@@ -89,5 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--param", metavar="KEY=VALUE", action="append", default=[], help="option of IIM (see README)"
     )
+    reproduce.add_argument("--no-cache", action="store_true", help="encode test images anew in every trial")
     add_reading_arguments(reproduce, backbone="open_clip:ViT-B-16/openai")
+    for training in (fit, reproduce):
+        training.set_defaults(workers=default_workers())
     return parser

@@ -49,7 +49,7 @@ def fit(args: argparse.Namespace) -> None:
         if source.short_classes:
             message(f"Fewer than {args.shots} images, all taken: {_listed(source.short_classes)}")
     message(f"Learning {len(names)} class prompts and {detector.negative_prompts} negatives from {len(source)} images")
-    fit_detector(args, detector, source, cache=args.cache)
+    fit_detector(args, detector, source, cache=args.cache, workers=args.workers)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -81,6 +81,7 @@ def sweep(args: argparse.Namespace) -> None:
         ks=args.k,
         alphas=args.alpha,
         temperatures=args.temperature,
+        convention=args.convention,
         **extraction_options(args),
     )
     if validation:
@@ -92,7 +93,7 @@ def sweep(args: argparse.Namespace) -> None:
         print_json(rows)
         return
     print_table(
-        ["k", "alpha", "T", "negatives", "AUROC", "FPR95"],
+        ["k", "alpha", "T", "negatives", "AUROC", f"FPR95 ({args.convention})"],
         [
             [row["k"], row["alpha"], row["temperature"], row["negatives"], *(_percent(row[m]) for m in _MEASURES)]
             for row in rows
@@ -128,9 +129,14 @@ def reproduce(args: argparse.Namespace) -> None:
 
     from ood_iim.studies import STUDIES, Sets
 
+    if args.study and args.study not in (*STUDIES, "prototypes"):
+        raise unknown_name("study", args.study, [*STUDIES, "prototypes"])
+    if args.study == "prototypes":
+        _reproduce_prototypes(args)
+        return
+    if not args.root:
+        raise UsageError("Give --root DIR, the folder with the data sets.")
     overrides = dict(pair.partition("=")[::2] for pair in args.overrides)
-    if args.study and args.study not in STUDIES:
-        raise unknown_name("study", args.study, STUDIES)
     if args.dry_run:
         show_found(args, inspect_protocol(args.protocol, args.root, overrides))
         return
@@ -140,73 +146,89 @@ def reproduce(args: argparse.Namespace) -> None:
         raise MissingDataError(f"{args.protocol} has no training images below {args.root}: IIM learns from some.")
     sets = Sets(found.train, found.test, found.ood, found.class_names)
     backbone = load_backbone(args)
-    given = dict(map(parse_param, args.param))
-    settings = STUDIES[args.study] if args.study else {"": _preset(args.protocol)}
+    settings = _settings(args, backbone)
+    args.cache = _trial_cache(args, sets, backbone)
     results: dict[str, Any] = {}
+    extra: dict[str, list[dict[str, Any]]] = {}
+    main: dict[str, str] = {}
     for shots in args.shots:
         for label, options in settings.items():
             name = f"{shots} shots{f', {label}' if label else ''}"
-            results[name] = _trials(args, sets, backbone, shots, name, options | given)
+            results[name] = _trials(args, sets, backbone, shots, name, options)
+            negatives = options.get("negatives", "use")
+            main[name] = "s_mcm" if negatives == "use" else "s_mcm*"
+            extra[name] = _beyond_scores(args, sets, backbone, name, label, negatives)
     published = _published(args.study, found.title, args.shots)
-    extra = {name: _beyond_scores(args, sets, backbone, name) for name in results}
     if args.json:
-        print_json({"protocol": args.protocol, "results": results, "study": extra, "published": published})
+        given = {"protocol": args.protocol, "convention": _CONVENTION}
+        print_json(given | {"results": results, "study": extra, "published": published})
         return
-    print_table(
-        ["FPR95 / AUROC", *found.ood, "average", "accuracy"],
-        [row for name, scores in results.items() for row in _our_rows(name, scores, list(found.ood), args)]
-        + [
-            [f"published: {row['shots']} shots, {row['method']}", *_cells(row, list(found.ood)), ""]
-            for row in published
-        ],
-    )
-    for name, lines in extra.items():
-        if lines:
-            message(name)
-            print_table(
-                list(lines[0]), [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in lines]
-            )
+    _print_tables(args, results, main, list(found.ood), published, extra)
     message(f"Every run: {args.out}")
 
 
-def _beyond_scores(args: argparse.Namespace, sets: Any, backbone: Any, name: str) -> list[dict[str, Any]]:
-    """What a study shows besides the table of scores, on the first seed: test k, alpha, or prototypes."""
-    from ood_core.data import FewShot
-    from ood_core.features import extract
+# The rule of FPR95 behind the published numbers, for all that `reproduce` prints.
+_CONVENTION = "released"
+
+
+def _settings(args: argparse.Namespace, backbone: Any) -> dict[str, dict[str, Any]]:
+    """Label -> options of IIM: the protocol's preset, then what was given, then what a study varies."""
+    from math import prod
+
+    from ood_core.runs import study_options
 
     from ood_iim.detectors import IIM
-    from ood_iim.studies import local_map, prototypes, sweep
+    from ood_iim.studies import STUDIES, within_grid
 
-    folder = _run_folder(args, name, args.seeds[0])
-    options = extraction_options(args)
-    if args.study not in ("k", "weights", "prototypes"):
+    rows = study_options(STUDIES[args.study] if args.study else {"": {}}, dict(map(parse_param, args.param)), message)
+    rows = {label: _preset(args.protocol) | options for label, options in rows.items()}
+    for options in rows.values():
+        IIM().set_params(**options)  # a mistake shows here, not after a training
+    return within_grid(rows, prod(backbone.grid or ())) if args.study == "k" else rows
+
+
+def _trial_cache(args: argparse.Namespace, sets: Any, backbone: Any) -> str | None:
+    """The folder of test features, so that every trial after the first only trains; None where the disk is too full."""
+    from math import prod
+    from shutil import disk_usage
+
+    if args.no_cache:
+        return None
+    if args.cache:
+        return str(args.cache)
+    folder = Path(args.out) / "features"
+    folder.mkdir(parents=True, exist_ok=True)
+    count = sum(map(len, (sets.test, *sets.ood.values())))
+    size = count * (prod(backbone.grid or ()) + 1) * backbone.width * 4
+    if size > disk_usage(folder).free / 2:
+        message(f"Test features would take {_gigabytes(size)} of {folder}, too much for its disk: every trial encodes.")
+        return None
+    message(f"Test features are kept in {folder} ({_gigabytes(size)}); --cache DIR: elsewhere, --no-cache: nowhere.")
+    return str(folder)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _beyond_scores(
+    args: argparse.Namespace, sets: Any, backbone: Any, name: str, label: str, negatives: str
+) -> list[dict[str, Any]]:
+    """What a study shows besides the table of scores, on the first seed: test k, or alpha."""
+    from ood_iim.detectors import IIM
+    from ood_iim.studies import swept_trial
+
+    if args.study not in ("k", "weights"):
         return []
-    detector = IIM.from_pretrained(folder / "detector", backbone=backbone)
-    if args.study == "prototypes":
-        few = extract(backbone, FewShot(sets.train, min(args.shots), args.seeds[0]), detector.needs, **options)
-        _keep_local_map(local_map(detector, few), folder)
-        return [prototypes(detector)]
+    folder = _run_folder(args, name, args.seeds[0])
+    choices: dict[str, Any] = {}
     if args.study == "weights":
-        alphas = [0.0, 0.5, 1.0, 1.5] if name.endswith("C_n=300") else [1.0]
-        rows = sweep(detector, id=sets.test, ood=sets.ood, ks=[_own_k(detector, backbone)], alphas=alphas, **options)
-    else:
-        rows = sweep(detector, id=sets.test, ood=sets.ood, alphas=[1.0], **options)
-    return [{key: row[key] for key in ("k", "alpha", "auroc", "fpr95")} for row in rows if row["negatives"] == "use"]
-
-
-def _keep_local_map(rows: list[dict[str, Any]], folder: Path) -> None:
-    """The patches as numbers, and as a picture where matplotlib is installed."""
-    from ood_core._files import write_json
-
-    from ood_iim.plot import draw_local_map
-
-    write_json(folder / "local_map.json", rows)
-    message(f"Patches in two dimensions: {folder / 'local_map.json'}")
-    try:
-        draw_local_map(rows, folder / "local_map.png")
-        message(f"Picture: {folder / 'local_map.png'}")
-    except UsageError as error:
-        message(str(error))
+        alphas = [0.0, 0.5, 1.0, 1.5] if label == "C_n=300" else [1.0]
+        choices = {"ks": [_own_k(IIM.from_pretrained(folder / "detector"), backbone)], "alphas": alphas}
+    rows = swept_trial(sets, backbone, folder, **choices, **extraction_options(args))
+    return [
+        {key: row[key] for key in ("k", "alpha", "auroc", "fpr95")} for row in rows if row["negatives"] == negatives
+    ]
 
 
 def _own_k(detector: IIM, backbone: Any) -> int:
@@ -217,6 +239,40 @@ def _own_k(detector: IIM, backbone: Any) -> int:
     return default_k(detector.k, prod(backbone.grid))
 
 
+def _reproduce_prototypes(args: argparse.Namespace) -> None:
+    """Fig. 3: numbers, and a picture where matplotlib is installed."""
+    from ood_core._files import write_json
+    from ood_core.prompts import read_class_names
+
+    from ood_iim.plot import draw_prototypes
+    from ood_iim.prototypes import imagenet_halves, prototypes
+
+    given = {name: read_class_names(file) for name, file in named_sources(args.lists).items()}
+    found = prototypes(load_backbone(args), given or imagenet_halves(), template=args.template)
+    folder = Path(args.out) / "prototypes"
+    write_json(folder / "prototypes.json", found)
+    try:
+        draw_prototypes(found, folder / "prototypes.png")
+        message(f"Picture: {folder / 'prototypes.png'}")
+    except UsageError as error:
+        message(str(error))
+    if args.json:
+        print_json(found)
+    else:
+        print_table(
+            ["cosine of pairs", "classes", "mean", "std", *(f"{float(q):.0%}" for q in _quantiles(found))],
+            [
+                [name, one["classes"], *(f"{v:.4f}" for v in (one["mean"], one["std"], *one["quantiles"].values()))]
+                for name, one in found.items()
+            ],
+        )
+    message(f"All numbers: {folder / 'prototypes.json'}")
+
+
+def _quantiles(found: dict[str, Any]) -> list[str]:
+    return list(next(iter(found.values()))["quantiles"])
+
+
 def _run_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
     return Path(args.out) / args.protocol / re.sub(r"[^A-Za-z0-9_=.+-]+", "-", name) / f"seed-{seed}"
 
@@ -224,7 +280,7 @@ def _run_folder(args: argparse.Namespace, name: str, seed: int) -> Path:
 def _trials(
     args: argparse.Namespace, sets: Any, backbone: Any, shots: int, name: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The seeds of one setting, averaged; FPR95 by the released rule, which the published numbers follow."""
+    """The seeds of one setting, averaged."""
     from ood_iim.studies import summarise, trial
 
     runs = []
@@ -239,7 +295,7 @@ def _trials(
                 seed=seed,
                 folder=folder,
                 options=options,
-                convention="released",
+                convention=_CONVENTION,
                 template=args.template,
                 **extraction_options(args),
             )
@@ -266,16 +322,38 @@ def _published(study: str | None, title: str, shots: list[int]) -> list[dict[str
     return [row for row in table["rows"] if row["id"] == title and row["shots"] in (0, *shots)]
 
 
-def _our_rows(name: str, scores: dict[str, Any], sets: list[str], args: argparse.Namespace) -> list[list[str]]:
-    chosen = scores if args.study == "scores" or not args.study else {"s_mcm": scores["s_mcm"]}
-    rows = []
-    for score_name, figures in chosen.items():
-        cells = [
-            " / ".join(f"{100 * figures[one][m][0]:.2f}" for m in ("fpr95", "auroc")) for one in (*sets, "average")
+def _print_tables(
+    args: argparse.Namespace,
+    results: dict[str, Any],
+    main: dict[str, str],
+    sets: list[str],
+    published: list[dict[str, Any]],
+    extra: dict[str, list[dict[str, Any]]],
+) -> None:
+    """All scores, or the main one of every row of a study, beside the published ones; then what a study adds."""
+    whole = args.study in (None, "scores")
+    print_table(
+        [f"FPR95 / AUROC (rule of FPR95: {_CONVENTION})", *sets, "average", "accuracy"],
+        [
+            _our_row(name, score, scores[score], sets)
+            for name, scores in results.items()
+            for score in (scores if whole else [main[name]])
         ]
-        accuracy = figures.get("accuracy")
-        rows.append([f"{name}: {score_name}", *cells, "" if accuracy is None else _percent(accuracy[0])])
-    return rows
+        + [[f"published: {row['shots']} shots, {row['method']}", *_cells(row, sets), ""] for row in published],
+    )
+    for name, lines in extra.items():
+        if lines:
+            message(f"{name}, {main[name]}, seed {args.seeds[0]}")
+            print_table(
+                ["k", "alpha", "AUROC", f"FPR95 ({_CONVENTION})"],
+                [[row["k"], row["alpha"], *(_percent(row[m]) for m in _MEASURES)] for row in lines],
+            )
+
+
+def _our_row(name: str, score: str, figures: dict[str, Any], sets: list[str]) -> list[str]:
+    cells = [" / ".join(f"{100 * figures[one][m][0]:.2f}" for m in ("fpr95", "auroc")) for one in (*sets, "average")]
+    accuracy = figures.get("accuracy")
+    return [f"{name}: {score}", *cells, "" if accuracy is None else _percent(accuracy[0])]
 
 
 def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -20,7 +20,7 @@ from ood_core.detectors.trained import TrainedDetector
 from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
-from ood_core.functional import mcm
+from ood_core.functional import _released_image_to_text, mcm
 from ood_core.ops import topk_patch_softmax
 from ood_core.training import train
 from PIL import Image
@@ -127,6 +127,8 @@ class IIM(TrainedDetector):
         negatives: "use" or "ignore" the negative prompts in the score (S-MCM or S-MCM*).
         form: of the score with negatives, "paper" or "released".
         train_k: positive patches per class in the losses; None as for `k`.
+        train_temperature: divides the cosines in the losses; None: the inverse of the model's logit scale (0.01 for
+            CLIP), as the released code; 1: the T of the paper's text.
         loss_form: of the negative loss, "paper" or "released".
         region: hard negatives, "next" (ranks k + 1 to 2k) or "all" (k + 1 to P).
         hard_negative_mining: other classes and negatives are read at their own best patches.
@@ -151,7 +153,10 @@ class IIM(TrainedDetector):
     Attributes:
         history: per epoch the weighted terms of the loss.
 
-    Source: Chen et al., AAAI 2026; defaults are the paper's.
+    Source: Chen et al., AAAI 2026. Defaults are the paper's where it names a value (k, T, alpha, the factors of the
+    losses, C_n, the context, epochs, batch and rate), else the released code's (`train_temperature`,
+    `train_text_projection`, the contexts of each class, momentum, weight decay, warm-up, crops). The released code's
+    crops differ by data set.
 
     Example:
         >>> shots = FewShot(ImageFolder("train"), 16, seed=1)  # doctest: +SKIP
@@ -175,6 +180,7 @@ class IIM(TrainedDetector):
         negatives: str = "use",
         form: str = "paper",
         train_k: int | None = None,
+        train_temperature: float | None = None,
         loss_form: str = "paper",
         region: str = "next",
         hard_negative_mining: bool = True,
@@ -203,6 +209,9 @@ class IIM(TrainedDetector):
         self.negatives = _check.choice("negatives", negatives, ("use", "ignore"))
         self.form = _check.choice("form", form, ("paper", "released"))
         self.train_k = train_k if train_k is None else _check.integer("train_k", train_k, 1, 2**31)
+        self.train_temperature = (
+            train_temperature if train_temperature is None else _check.positive("train_temperature", train_temperature)
+        )
         self.loss_form = _check.choice("loss_form", loss_form, ("paper", "released"))
         self.region = _check.choice("region", region, ("next", "all"))
         self.hard_negative_mining = hard_negative_mining
@@ -246,6 +255,7 @@ class IIM(TrainedDetector):
         checkpoint: str | Path | None = None,
         resume: bool = True,
         cache: str | Path | None = None,
+        workers: int = 0,
         progress: bool | None = None,
     ) -> Self:
         """Learn the prompts.
@@ -255,6 +265,7 @@ class IIM(TrainedDetector):
             checkpoint: file that keeps the learned tensors after every epoch.
             resume: go on from it.
             cache: folder for the features of `views` > 0.
+            workers: processes that decode images, which changes nothing else; 0 decodes in this one.
             progress: a bar on stderr; None shows it on a terminal only.
 
         Raises:
@@ -278,8 +289,8 @@ class IIM(TrainedDetector):
         self._class_texts(backbone)  # a template that does not fit shows here, not after the training
         learner = self._learner(backbone)
         options = {name: getattr(self, name) for name in ("lambda_neg", "lambda_div", "region", "hard_negative_mining")}
-        options |= {"form": self.loss_form, "k": self._training_k(size)}
-        patches = self._patches(backbone, images, cache, progress)
+        options |= {"form": self.loss_form, "k": self._training_k(size), "temperature": self.train_temperature}
+        patches = self._patches(backbone, images, cache=cache, workers=workers, progress=progress)
         self.history = train(
             learner.learned(),
             lambda rows, epoch: learner.losses(patches(rows, epoch), labels[rows], **options),
@@ -295,6 +306,7 @@ class IIM(TrainedDetector):
             learning_rate=partial(learning_rate, peak=self.learning_rate, epochs=self.epochs),
             seed=self.seed,
             drop_last=True,
+            before_epoch=patches.prepare,
             checkpoint=checkpoint,
             resume=resume,
             recipe=self._recipe(images, backbone.fingerprint),
@@ -303,24 +315,27 @@ class IIM(TrainedDetector):
         self._take(backbone, learner)
         return self
 
-    def _patches(
-        self, backbone: Backbone, images: FeatureSet | ImageSource, cache: str | Path | None, progress: bool | None
-    ) -> _Patches:
+    def _patches(self, backbone: Backbone, images: FeatureSet | ImageSource, **loading: Any) -> _Rows | _Live:
         if isinstance(images, FeatureSet):
             return _Rows(images.local)
         scale = (self.crop_scale, 1.0)
         if not self.views:
-            return _Live(backbone, LiveViews(images, backbone.transform, scale=scale, seed=self.seed))
+            workers = loading["workers"]
+            return _Live(backbone, LiveViews(images, backbone.transform, scale=scale, seed=self.seed, workers=workers))
         views = Views(images, self.views, size=backbone.transform.crop, scale=scale, seed=self.seed)
-        return _Rows(extract(backbone, views, {"local"}, cache=cache, progress=progress).local, self.views)
+        return _Rows(extract(backbone, views, {"local"}, **loading).local, self.views)
 
     def _training_k(self, patches: int) -> int:
-        """Positive patches per class; the negative loss needs as many, or one at least, behind them."""
-        most, why = patches, f"the grid has {patches} patches"
-        if self.lambda_neg and self.negative_prompts:
-            most = patches // 2 if self.region == "next" else patches - 1
-            why = f"the hard negatives are patches behind the train_k best of {patches}: lower train_k"
+        """Positive patches per class."""
+        most, why = self._most_training_k(patches)
         return _check.integer("train_k", default_k(self.train_k, patches), 1, most, why)
+
+    def _most_training_k(self, patches: int) -> tuple[int, str]:
+        """How many they can be, and why: the negative loss needs as many, or one at least, behind them."""
+        if not (self.lambda_neg and self.negative_prompts):
+            return patches, f"the grid has {patches} patches"
+        why = f"the hard negatives are patches behind the train_k best of {patches}: lower train_k"
+        return patches // 2 if self.region == "next" else patches - 1, why
 
     def _learner(self, backbone: Backbone) -> PromptLearner:
         return PromptLearner(
@@ -373,7 +388,7 @@ class IIM(TrainedDetector):
     def components(
         self, features: FeatureSet, *, ks: Sequence[int] | None = None, temperature: float | None = None
     ) -> Components:
-        """The terms of every score, for several k from one pass ("paper" form).
+        """The terms of every score, for several k from one pass, in this detector's `form`.
 
         Args:
             features: with image and local features.
@@ -391,7 +406,9 @@ class IIM(TrainedDetector):
         global_match = mcm(features.image, text, temperature=temperature)
         star = topk_patch_softmax(features.local, local_text, k=ks, temperature=temperature)
         with_negatives = star.image_to_text
-        if negatives is not None:
+        if negatives is not None and self.form == "released":
+            with_negatives = _released_image_to_text(features.local, local_text, negatives, ks, temperature)
+        elif negatives is not None:
             with_negatives = topk_patch_softmax(
                 features.local, local_text, negatives, k=ks, temperature=temperature
             ).image_to_text
@@ -462,15 +479,14 @@ class IIM(TrainedDetector):
         return made
 
 
-_Patches = Callable[[Tensor, int], Tensor]
-"""(rows [b], epoch) -> patch features [b, P, d]."""
-
-
 class _Rows:
-    """Patch features of V views of N images in memory, view after view; epoch e uses view e mod V."""
+    """(rows [b], epoch) -> patch features [b, P, d] of V views of N images in memory; epoch e uses view e mod V."""
 
     def __init__(self, local: Tensor, views: int = 1) -> None:
         self.local = local.unflatten(0, (views, -1))
+
+    def prepare(self, epoch: int, batches: Sequence[Tensor]) -> None:
+        """They are there."""
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
         return self.local[epoch % len(self.local)][rows]
@@ -480,7 +496,7 @@ class _Live:
     """Patch features of views that are new in every epoch, encoded batch by batch."""
 
     def __init__(self, backbone: Backbone, views: LiveViews) -> None:
-        self.backbone, self.views = backbone, views
+        self.backbone, self.prepare, self.views = backbone, views.prepare, views
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
         return self.backbone.encode(self.views(rows, epoch), {"local"})["local"]

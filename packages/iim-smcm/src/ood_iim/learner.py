@@ -36,7 +36,7 @@ def learning_rate(epoch: int, *, peak: float, epochs: int, warmup: float = 1e-5)
 
 
 class PromptLearner(nn.Module):
-    """Learned contexts and text projection in front of a frozen text tower (section 2 of the paper).
+    """Learned contexts and text projection in front of a frozen text tower ("Method" in the paper).
 
     Args:
         backbone: a CLIP-like model with "prompts".
@@ -130,6 +130,7 @@ class PromptLearner(nn.Module):
         form: str = "paper",
         region: str = "next",
         hard_negative_mining: bool = True,
+        temperature: float | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms of the total loss L_pos + lambda_neg L_neg + lambda_div L_div (Eq. 11).
 
@@ -142,11 +143,12 @@ class PromptLearner(nn.Module):
             form: of `negative_loss`.
             region: of `negative_loss`.
             hard_negative_mining: of `positive_loss`.
+            temperature: divides the cosines; None: the inverse of the model's logit scale.
         """
         text, negatives = self()
         if not (text.isfinite().all() and negatives.isfinite().all()):
             return {"positive": text.sum() + negatives.sum()}  # not finite: the training loop says so and stops
-        local, scale = local.to(text), self.backbone.logit_scale
+        local, scale = local.to(text), self.backbone.logit_scale if temperature is None else 1 / temperature
         logits, negative_logits = (scale * F.linear(local, prompts) for prompts in (text, negatives))
         labels = labels.to(text.device)
         terms = {

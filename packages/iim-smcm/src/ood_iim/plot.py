@@ -1,44 +1,44 @@
-"""The picture of Fig. 3: mined patches in two dimensions."""
+"""The picture of Fig. 3: likeness of text class prototypes, and where they lie."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from ood_core._panels import COLORS, OTHER
+from ood_core._panels import COLORS
 from ood_core._plots import new_figure, save_figure
 
-__all__ = ["draw_local_map"]
+__all__ = ["draw_prototypes"]
 
 
-def draw_local_map(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draw patches in the colour of their image's class: positives as dots, negatives as small crosses.
+def draw_prototypes(found: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Draw the distribution of pairwise cosines of every list, and all prototypes in two dimensions.
 
     Args:
-        rows: of `studies.local_map`; the eight most frequent classes have colours, the others are grey.
+        found: of `prototypes.prototypes`.
         path: file to write, .png, .pdf or .svg.
 
     Raises:
         UsageError: matplotlib is not installed, or another kind of file.
     """
-    figure = new_figure(path, "ood-iim", figsize=(9.0, 6.4))
-    axis = figure.subplots()
-    frequent = Counter(row["class"] for row in rows).most_common(len(COLORS))
-    colors = {name: color for (name, _), color in zip(frequent, COLORS, strict=False)}
-    for kind, style in (("negative", {"marker": "x", "s": 10, "linewidths": 0.6}), ("positive", {"s": 12})):
-        for name in ("other classes", *colors):
-            own = [row for row in rows if row["kind"] == kind and _shown(row["class"], colors) == name]
-            x, y = ([row[place] for row in own] for place in ("x", "y"))
-            label = name if own and kind == "positive" else None
-            axis.scatter(x, y, color=colors.get(name, OTHER), label=label, **style)
-    axis.set_title("mined patches (t-SNE): dots positive, crosses negative", fontsize=10, loc="left")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure = new_figure(path, "ood-iim", figsize=(11.0, 4.8))
+    left, right = figure.subplots(1, 2)
+    lowest = min(one["quantiles"]["0"] for one in found.values())
+    highest = max(one["quantiles"]["1"] for one in found.values())
+    for (name, one), color in zip(found.items(), cycle(COLORS), strict=False):
+        label = f"{name} ({one['classes']} classes)"
+        shape = {"bins": 50, "range": (lowest, highest), "density": True}
+        left.hist(one["similarities"], **shape, color=color, alpha=0.45, label=label)
+        left.axvline(one["mean"], color=color, linestyle="--", linewidth=1)
+        x, y = ([place[axis] for place in one["map"]] for axis in ("x", "y"))
+        right.scatter(x, y, s=12, color=color, label=label)
+    left.set_title("cosines of pairs of classes (dashed: mean)", fontsize=10, loc="left")
+    left.set_xlabel("cosine")
+    left.set_ylabel("density")
+    right.set_title("text class prototypes (t-SNE)", fontsize=10, loc="left")
+    right.set_xticks([])
+    right.set_yticks([])
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save_figure(figure, path)
-
-
-def _shown(name: str, colors: Mapping[str, str]) -> str:
-    return name if name in colors else "other classes"

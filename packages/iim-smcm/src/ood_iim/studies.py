@@ -7,24 +7,22 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import FewShot
 from ood_core.data.sources import ImageSource
-from ood_core.detectors.zero_shot import default_k
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract, stream
 from ood_core.metrics import evaluate_scores
-from torch import Tensor
+from ood_core.runs import UsedImages, kept_runs, recipe
 
 from ood_iim.detectors import IIM
 
-__all__ = ["STUDIES", "Sets", "local_map", "prototypes", "summarise", "sweep", "trial"]
+__all__ = ["STUDIES", "Sets", "summarise", "sweep", "swept_trial", "trial", "within_grid"]
 
 _NO_LOSSES = {"lambda_neg": 0.0, "lambda_div": 0.0}
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -44,14 +42,15 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         **{f"lambda_div={value:g}": {"lambda_div": value} for value in (0.0, 0.1, 0.5, 1.0)},
         **{f"C_n={value}": {"negative_prompts": value} for value in (50, 100, 300, 500)},
     },
-    # Fig. 5: training k; the test k are columns of the sweep of each run.
+    # Fig. 5: training k, see `within_grid`; the test k are columns of the sweep of each run.
     "k": {f"train_k={value}": {"train_k": value} for value in (1, 5, 10, 20, 50, 90)},
     # Fig. 6: the six scores of the trained model.
     "scores": {"all": {}},
-    # Fig. 3: likeness of class prototypes, and local features in two dimensions.
-    "prototypes": {"all": {}},
 }
-"""Name -> label -> options that differ from the paper's defaults."""
+"""Name -> label -> options that differ from the defaults. Fig. 3 needs no training: `ood_iim.prototypes`."""
+
+# What computes figures here; `recipe` adds the core's part.
+_CODE = ("ood_iim.detectors", "ood_iim.functional", "ood_iim.learner", "ood_iim.studies")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,30 @@ class Sets:
     ood: Mapping[str, ImageSource | FeatureSet]
     class_names: Sequence[str]
 
+    @cached_property
+    def judged(self) -> dict[str, UsedImages]:
+        """Those that are judged on, for recipes."""
+        return {"test": UsedImages(self.test), **{name: UsedImages(images) for name, images in self.ood.items()}}
+
+
+def within_grid(rows: Mapping[str, Mapping[str, Any]], patches: int) -> dict[str, dict[str, Any]]:
+    """A study of the training k on any grid: rows that its patches are too few for become one, at the largest k.
+
+    Args:
+        rows: label -> options of `IIM`.
+        patches: of the grid.
+
+    Example:
+        >>> list(within_grid({"train_k=20": {"train_k": 20}, "train_k=90": {"train_k": 90}}, 64))
+        ['train_k=20', 'train_k=32']
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for label, options in rows.items():
+        most, _ = IIM(**options)._most_training_k(patches)
+        fits = (options.get("train_k") or 0) <= most
+        found[label if fits else f"train_k={most}"] = dict(options) if fits else {**options, "train_k": most}
+    return found
+
 
 def trial(
     sets: Sets,
@@ -84,14 +107,14 @@ def trial(
     template: str | None = None,
     **extraction: Any,
 ) -> dict[str, Any]:
-    """Train once and judge the six scores; a finished trial is read back from its folder, an interrupted one resumes.
+    """Train once and judge the six scores; a finished trial is read back from its folder, an interrupted one goes on.
 
     Args:
         sets: the protocol's images.
         backbone: CLIP-like.
         shots: images per class.
         seed: of shots, start and order.
-        folder: for the detector, results.json, scores.parquet and report.html.
+        folder: for the detector, results.json, scores.parquet, report.html, and trial.json with what all rests on.
         options: of `IIM`.
         convention: of the FPR.
         features: train on the plain features of the shots instead of augmented views.
@@ -99,32 +122,81 @@ def trial(
         **extraction: for `extract`.
 
     Returns:
-        results.json with, besides, "shots", "seed", "options", "losses" of the last epoch and "epoch_seconds".
+        results.json with, besides, "trial" (shots, seed, options and fingerprint), "losses" of the last epoch and
+        "epoch_seconds".
+
+    Raises:
+        UsageError: the folder has a trial of other settings or images.
     """
-    described = {"shots": shots, "seed": seed, "options": dict(options), "fingerprint": backbone.fingerprint}
-    file = folder / "trial.json"
-    if file.exists() and (found := json.loads(file.read_text()))["trial"] == described:
-        return found
     detector = IIM(class_names=sets.class_names, template=template, seed=seed, **options)
     detector._set_backbone(backbone)
     few = FewShot(sets.train, shots, seed)
+    made = recipe(
+        backbone,
+        {"train": few, **sets.judged},
+        sets.class_names,
+        code=_CODE,
+        template=template,
+        convention=convention,
+        options=detector.get_params(),
+        shots=shots,
+        features=features,
+    )
+    described = {"shots": shots, "seed": seed, "options": dict(options), "fingerprint": backbone.fingerprint}
+
+    def make() -> list[dict[str, Any]]:
+        results = _trained(detector, few, sets, folder, convention, features, **extraction)
+        return [results | {"trial": described}]
+
+    (found,) = kept_runs(folder / "trial.json", made, make)
+    return found
+
+
+def _trained(
+    detector: IIM, few: FewShot, sets: Sets, folder: Path, convention: str, features: bool, **extraction: Any
+) -> dict[str, Any]:
+    """Train, judge and save."""
     started = time.monotonic()
     checkpoint = folder / "checkpoint.safetensors"
-    images = extract(backbone, few, detector.needs, **extraction) if features else few
-    detector.fit(images, checkpoint=checkpoint, cache=extraction.get("cache"))
+    images = extract(detector._required_backbone(), few, detector.needs, **extraction) if features else few
+    loading = {name: extraction[name] for name in ("cache", "workers") if name in extraction}
+    detector.fit(images, checkpoint=checkpoint, **loading)
     seconds = time.monotonic() - started
     results = evaluate(
         detector.variants(), id=sets.test, ood=sets.ood, convention=convention, out=folder, **extraction
     ).results
     detector.save_pretrained(folder / "detector")
     checkpoint.unlink(missing_ok=True)
-    results |= {
-        "trial": described,
-        "losses": detector.history[-1],
-        "epoch_seconds": seconds / detector.epochs,
-    }
-    write_json(file, results)
-    return results
+    return results | {"losses": detector.history[-1], "epoch_seconds": seconds / detector.epochs}
+
+
+def swept_trial(
+    sets: Sets,
+    backbone: Backbone,
+    folder: Path,
+    *,
+    ks: Sequence[int] | None = None,
+    alphas: Sequence[float] = (1.0,),
+    **extraction: Any,
+) -> list[dict[str, Any]]:
+    """`sweep` of a finished trial by the trial's rule of the FPR, kept beside it.
+
+    Args:
+        sets: as of the trial.
+        backbone: as of the trial.
+        folder: of the trial.
+        ks: see `sweep`.
+        alphas: see `sweep`.
+        **extraction: for `extract`.
+    """
+    rests_on = json.loads((folder / "trial.json").read_text(encoding="utf-8"))["recipe"]
+
+    def make() -> list[dict[str, Any]]:
+        detector = IIM.from_pretrained(folder / "detector", backbone=backbone)
+        given = {"ks": ks, "alphas": alphas, "convention": rests_on["convention"], **extraction}
+        return sweep(detector, id=sets.test, ood=sets.ood, **given)
+
+    return kept_runs(folder / "sweep.json", {"trial": rests_on, "ks": ks, "alphas": alphas}, make)
 
 
 def summarise(trials: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -170,7 +242,7 @@ def sweep(
     convention: str = "standard",
     **extraction: Any,
 ) -> list[dict[str, Any]]:
-    """Judge every combination of k, alpha, temperature and negatives; images are encoded once.
+    """Judge every combination of k, alpha, temperature and negatives, in the detector's form; images are encoded once.
 
     Every k comes from one selection at the largest, every alpha from stored terms, every temperature costs one more
     reduction. Choosing by these figures is fair only where the OOD sets are declared as validation data.
@@ -187,7 +259,7 @@ def sweep(
 
     Returns:
         One row per combination: "k", "alpha", "temperature", "negatives", "auroc" and "fpr95" (means over the sets),
-        "per_set".
+        "convention" of the latter, and "per_set".
     """
     parts = {
         name: list(_components(detector, data, ks, temperatures, extraction)) for name, data in {"": id, **ood}.items()
@@ -203,7 +275,7 @@ def sweep(
                     rows.append(
                         {"k": k, "alpha": alpha, "temperature": temperature, "negatives": negatives}
                         | {key: judged["average"][key] for key in ("auroc", "fpr95")}
-                        | {"per_set": judged["per_set"]}
+                        | {"convention": convention, "per_set": judged["per_set"]}
                     )
     return rows
 
@@ -226,63 +298,3 @@ def _ladder(most: int) -> list[int]:
     """1, 2, 5, 10, 20, 50, ... up to `most`, which is the last."""
     steps = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
     return sorted({most, *(step for step in steps if step < most)})
-
-
-def prototypes(detector: IIM) -> dict[str, float]:
-    """Mean and largest cosine between different class texts, hand-written and learned (Fig. 3).
-
-    Args:
-        detector: fitted.
-
-    Returns:
-        "template_mean", "template_max", "learned_mean", "learned_max", and "negatives_mean" if there are any: the
-        mean of each negative's largest cosine with a learned class.
-    """
-    found: dict[str, float] = {}
-    for name, key in (("template", "text"), ("learned", "local_text")):
-        cosines = _off_diagonal(detector.state[key])
-        found |= {f"{name}_mean": cosines.mean().item(), f"{name}_max": cosines.max().item()}
-    if "negatives" in detector.state:
-        nearest = (detector.state["negatives"] @ detector.state["local_text"].T).amax(1)
-        found["negatives_mean"] = nearest.mean().item()
-    return found
-
-
-def local_map(detector: IIM, features: FeatureSet, *, most: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
-    """Mined patches in two dimensions by t-SNE (Fig. 3): the k best of each image's class, and the k behind them.
-
-    Args:
-        detector: fitted.
-        features: labelled, with local features.
-        most: patches at most, taken evenly.
-        seed: of the t-SNE.
-
-    Returns:
-        One row per patch: "x", "y", "class", "kind" ("positive" or "negative").
-    """
-    from sklearn.manifold import TSNE
-
-    k = default_k(detector.train_k, features.local.shape[1])
-    text = detector.state["local_text"][detector._class_labels(features)]
-    order = (features.local @ text[..., None]).squeeze(-1).argsort(1, descending=True)[:, : 2 * k]
-    patches = features.local.gather(1, order[..., None].expand(-1, -1, features.local.shape[2])).flatten(0, 1)
-    chosen = torch.linspace(0, len(patches) - 1, min(most, len(patches))).long()
-    perplexity = min(30.0, (len(chosen) - 1) / 3)
-    flat = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(
-        patches[chosen].numpy()
-    )
-    width = order.shape[1]
-    return [
-        {
-            "x": float(x),
-            "y": float(y),
-            "class": features.label_names[features.labels[index // width]],
-            "kind": "positive" if index % width < k else "negative",
-        }
-        for (x, y), index in zip(flat, chosen.tolist(), strict=True)
-    ]
-
-
-def _off_diagonal(x: Tensor) -> Tensor:
-    unit = F.normalize(x, dim=-1)
-    return (unit @ unit.T)[~torch.eye(len(x), dtype=torch.bool)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -23,6 +24,7 @@ __all__ = [
     "add_extraction_arguments",
     "build_detectors",
     "class_names_of",
+    "default_workers",
     "extraction_options",
     "load_backbone",
     "message",
@@ -108,7 +110,15 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error", choices=("raise", "record"), default="raise", help="bad images: stop, or count them and go on"
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode images (default: %(default)s)"
+    )
+
+
+def default_workers() -> int:
+    """For commands that decode for hours: a process for each processor, four at most; none beside a single one."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, available) if available > 1 else 0
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

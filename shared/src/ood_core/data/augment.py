@@ -6,13 +6,13 @@ __all__ = ["LiveViews", "Views"]
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ood_core.data.loader import load_batches
+from ood_core.data.loader import ImageBatch, load_batches
 from ood_core.data.sources import ImageSource
 from ood_core.errors import UsageError
 
@@ -58,6 +58,7 @@ class Views(ImageSource):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UsageError(f"The crop scale {tuple(scale)} must be two rising numbers above 0 and at most 1.")
         self.source, self.size, self.scale, self.seed = source, (int(size[0]), int(size[1])), tuple(scale), seed
+        self.place = source.place
         self._items = [(view, index) for view in range(first, first + count) for index in range(len(source))]
         self.ids = [f"{source.ids[index]}@{view}" for view, index in self._items]
         self.labels = None if source.labels is None else np.tile(source.labels, count)
@@ -72,34 +73,66 @@ class Views(ImageSource):
         return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else out
 
     def _stamp(self, item: tuple[int, int]) -> str:
-        view, index = item
-        stamp = self.source._stamp(self.source._items[index])
-        return f"{stamp} view {view} {self.seed} {self.size} {self.scale}"
+        return f"{self.source._stamp(self.source._items[item[1]])} {self._drawing(item[0])}"
+
+    def _content(self, item: tuple[int, int]) -> str:
+        return f"{self.source._content(self.source._items[item[1]])} {self._drawing(item[0])}"
+
+    def _drawing(self, view: int) -> str:
+        return f"view {view} {self.seed} {self.size} {self.scale}"
 
 
 class LiveViews:
     """Views that are new in every epoch, decoded batch by batch: (rows [b], epoch) -> pixels [b, 3, H, W].
+
+    They are the same for any number of workers, and with or without `prepare`.
 
     Args:
         source: the images.
         transform: a backbone's.
         scale: see `Views`.
         seed: see `Views`.
+        workers: processes that decode what `prepare` announced; 0 decodes in this one.
 
     Example:
         >>> pixels = LiveViews(source, backbone.transform, scale=(0.9, 1.0), seed=1)(rows, epoch=0)  # doctest: +SKIP
     """
 
     def __init__(
-        self, source: ImageSource, transform: ImageTransform, *, scale: tuple[float, float] = (0.85, 1.0), seed: int = 0
+        self,
+        source: ImageSource,
+        transform: ImageTransform,
+        *,
+        scale: tuple[float, float] = (0.85, 1.0),
+        seed: int = 0,
+        workers: int = 0,
     ) -> None:
-        self.source, self.transform, self.scale, self.seed = source, transform, scale, seed
+        self.source, self.transform, self.scale, self.seed, self.workers = source, transform, scale, seed, workers
+        self._announced: Iterator[tuple[tuple[int, list[int]], ImageBatch]] = iter(())
+
+    def prepare(self, epoch: int, batches: Sequence[Tensor]) -> None:
+        """Announce the batches of an epoch in the order they will be asked for: workers run ahead of them.
+
+        Args:
+            epoch: from 0.
+            batches: row numbers, each int64 [b].
+        """
+        rows = [batch.tolist() for batch in batches]
+        if self.workers:
+            self._announced = zip([(epoch, one) for one in rows], self._load(epoch, rows, self.workers), strict=True)
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
         """Pixels of these images' views in this epoch."""
-        views = Views(self.source, 1, size=self.transform.crop, scale=self.scale, seed=self.seed, first=epoch)
-        (batch,) = load_batches(views, self.transform, [rows.tolist()], progress=False)
+        wanted = (epoch, rows.tolist())
+        announced, batch = next(self._announced, (None, None))
+        if batch is None or announced != wanted:
+            self._announced = iter(())
+            (batch,) = self._load(epoch, [wanted[1]], 0)
         return batch.pixels
+
+    def _load(self, epoch: int, batches: list[list[int]], workers: int) -> Iterator[ImageBatch]:
+        views = Views(self.source, 1, size=self.transform.crop, scale=self.scale, seed=self.seed, first=epoch)
+        return load_batches(views, self.transform, batches, workers=workers, progress=False)
 
 
 def _random_box(width: int, height: int, scale: tuple[float, ...], draw: random.Random) -> tuple[int, int, int, int]:
