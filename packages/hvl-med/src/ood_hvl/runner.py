@@ -145,22 +145,23 @@ def _wide(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
 
 
 def summarise(runs: Sequence[Run], layout: Layout) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation (n - 1) and 95 % interval (Student's t) of each detector over its runs.
+    """Mean, standard deviation (n - 1) and 95 % interval (Student's t) of each detector over independent units.
 
-    A run is a fold (and seed), where the tasks are folds of one; else a seed, whose tasks are averaged first.
+    Where the tasks are folds of one, a unit is a fold: the seeds of a fold share its images, so they are averaged and
+    do not count as measurements of their own. Else a unit is a seed, whose tasks are averaged.
 
     Args:
         runs: of `run_layout`.
         layout: of them.
 
     Returns:
-        Detector -> measure -> "mean", "std", "low", "high" (None from one run) and "runs"; an accuracy that a
-        detector does not have is None.
+        Detector -> measure -> "mean", "std", "low", "high" (None from one unit) and "runs", the number of units; an
+        accuracy that a detector does not have is None.
     """
     folds = len({tuple(task.class_names) for task in layout.tasks}) == 1
     table: dict[str, dict[Any, list[Run]]] = {}
     for run in runs:
-        unit = (run["task"], run["seed"]) if folds else run["seed"]
+        unit = run["task"] if folds else run["seed"]
         table.setdefault(run["detector"], {}).setdefault(unit, []).append(run)
     return {
         name: {measure: spread([_mean(unit, measure) for unit in units.values()]) for measure in MEASURES}
