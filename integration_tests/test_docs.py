@@ -4,6 +4,7 @@ import csv
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ood_core import backbones, detectors, protocols
+from ood_core import backbones, create_backbone, detectors, protocols
 from ood_core.data import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +176,24 @@ def load(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def backbones_of(content):
+    """Every {"spec", "fingerprint"} anywhere in a result."""
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else []
+    if isinstance(content, dict) and {"spec", "fingerprint"} <= content.keys():
+        yield content["spec"], content["fingerprint"]
+    for value in values:
+        yield from backbones_of(value)
+
+
+def test_published_results_are_of_the_weights_that_are_shipped():
+    shipped, seen = create_backbone("tiny").fingerprint, 0
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        made = {print for spec, print in backbones_of(json.loads(file.read_text())) if spec == "tiny"}
+        assert made <= {shipped}, f"{file.name} is of other weights of tiny: run its benchmark again, or remove it"
+        seen += len(made)
+    assert seen
 
 
 def test_numbers_and_pictures_come_from_the_results(monkeypatch):
