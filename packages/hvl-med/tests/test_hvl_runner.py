@@ -89,8 +89,10 @@ def test_finished_runs_are_read_back(layout, features, small_backbone, tmp_path,
     judged = module._judge
     monkeypatch.setattr(module, "_judge", lambda *_: pytest.fail("it was computed again"))
     assert run_layout(layout, small_backbone, features, **arguments) == first
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match=r"options\.epochs"):
         run_layout(layout, small_backbone, features, **(arguments | {"options": {"epochs": 3}}))
+    with pytest.raises(UsageError, match="convention"):
+        run_layout(layout, small_backbone, features, **(arguments | {"convention": "openood"}))
     monkeypatch.setattr(module, "_judge", judged)
     (tmp_path / layout.tasks[0].name / "seed-0.json").write_text("{")
     assert run_layout(layout, small_backbone, features, **arguments) == first
@@ -229,6 +231,7 @@ def test_a_dry_run_says_what_is_there(data, tmp_path, capsys):
         (["explain", "{data}/none.png", "--detector", "{data}/detector"], 3, "There is no image"),
         (["reproduce", "--root", "{data}", "--protocol", "isic"], 2, "Did you mean 'isic-4'"),
         (["reproduce", "--root", "{data}", "--protocol", "nct-crc", "--study", "q"], 2, "study 'q'"),
+        (["reproduce", "--root", "{data}", "--protocol", "nct-crc", *QUICK, "--study", "epochs"], 2, "epochs=2 would"),
         (["reproduce", "--root", "{data}", "--protocol", "isic-4", "--backbone", "tiny"], 3, "ISIC_2019"),
     ],
 )

@@ -17,7 +17,7 @@ from ood_core.cli.common import (
 from ood_core.cli.methods import show_found
 from ood_core.errors import unknown_name
 from ood_core.published import Beside, beside, difference_cells, legend
-from ood_core.runs import percent
+from ood_core.runs import percent, study_options
 
 from ood_hvl._published import published_table
 from ood_hvl.layouts import Layout, find_layout, inspect_layout
@@ -61,8 +61,7 @@ def reproduce(args: argparse.Namespace) -> None:
     backbone, given = load_backbone(args), dict(map(parse_param, args.param))
     settings = STUDIES[args.study] if args.study else {"HVL": {}}
     results: dict[str, Any] = {}
-    for label, options in settings.items():
-        options = options | given
+    for label, options in study_options(settings, given, message).items():
         message(f"{label}: embeddings at {options.get('n', 2)} x {options.get('n', 2)} partitions, then training")
         runs = run_layout(
             layout,

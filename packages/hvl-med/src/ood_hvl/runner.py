@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from ood_core.detectors import create_detector
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract
-from ood_core.runs import Run, kept_runs, spread
+from ood_core.runs import Run, UsedImages, kept_runs, recipe, spread
 
 from ood_hvl.detectors import HVL
 from ood_hvl.layouts import Layout, Task
@@ -91,7 +93,7 @@ def run_layout(
     options = dict(options or {})
     backbone = _wide(backbone, options)
     given = {"convention": convention, "bootstrap": bootstrap}
-    recipe = given | {"options": options, "backbone": features.fingerprint, "source": features.source}
+    images = {"images": UsedImages(layout.source)}
     runs: list[Run] = []
     for task in layout.tasks:
         parts = cache(partial(task.features, features))
@@ -100,9 +102,27 @@ def run_layout(
             jobs["baselines"] = (seeds[0], dict(baselines))
         for label, (seed, methods) in jobs.items():
             file = None if folder is None else Path(folder) / task.name / f"{label}.json"
-            make = partial(_judge, task, parts, backbone, methods, label, seed, given)
-            runs += kept_runs(file, recipe | {"methods": methods}, make)
+            about = recipe(
+                backbone,
+                images,
+                task.class_names,
+                code=["ood_hvl"],
+                options=options,
+                methods=methods,
+                parts=_ids_of(task),
+                **given,
+            )
+            runs += kept_runs(file, about, partial(_judge, task, parts, backbone, methods, label, seed, given))
     return runs
+
+
+def _ids_of(task: Task) -> dict[str, str]:
+    """Digest of the images of each part: another fold has others of the same source."""
+    ids = task.source.ids
+    return {
+        name: hashlib.sha256(json.dumps([ids[row] for row in rows]).encode()).hexdigest()[:16]
+        for name, rows in task.rows.items()
+    }
 
 
 def _judge(
