@@ -378,7 +378,12 @@ all OOD sets; near sets are of the same kind of image, far ones are not.
     }
     for study, title in titles.items():
         for name, settings in found.get(study, {}).items():
-            rows = [[label, *row[1:]] for label, of in settings.items() for row in hvl_rows({"hvl": of["hvl"]})]
+            rows = [
+                [label + (", `kept`" if name == "hvl_kept" else ""), *row[1:]]
+                for label, of in settings.items()
+                for name in ("hvl", "hvl_kept")
+                for row in hvl_rows({name: of[name]})
+            ]
             parts.append(f"{title}, `{name}`:\n\n{table(['setting', *header[1:]], rows)}")
     parts.append(
         "Made by `uv run python benchmarks/hvl.py --packs FOLDER --work FOLDER`; "

@@ -10,6 +10,7 @@ from ood_core import create_detector
 from ood_core.data import ImageFolder, scenes
 from ood_core.errors import UsageError
 from ood_core.metrics import auroc
+from ood_core.runs import spread
 from ood_hvl import runner as module
 from ood_hvl._published import published_table
 from ood_hvl.cli import main
@@ -88,8 +89,10 @@ def test_finished_runs_are_read_back(layout, features, small_backbone, tmp_path,
     judged = module._judge
     monkeypatch.setattr(module, "_judge", lambda *_: pytest.fail("it was computed again"))
     assert run_layout(layout, small_backbone, features, **arguments) == first
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match=r"options\.epochs"):
         run_layout(layout, small_backbone, features, **(arguments | {"options": {"epochs": 3}}))
+    with pytest.raises(UsageError, match="convention"):
+        run_layout(layout, small_backbone, features, **(arguments | {"convention": "openood"}))
     monkeypatch.setattr(module, "_judge", judged)
     (tmp_path / layout.tasks[0].name / "seed-0.json").write_text("{")
     assert run_layout(layout, small_backbone, features, **arguments) == first
@@ -100,9 +103,10 @@ def test_summary_over_folds_and_over_tasks(layout):
         {"task": task, "seed": seed, "detector": "hvl", "accuracy": None if seed else 0.5, "auroc": a, "fpr95": 0.5}
         for task, seed, a in [("x", 0, 0.6), ("x", 1, 0.7), ("y", 0, 0.8), ("y", 1, 0.95)]
     ]
-    folds = summarise(runs, layout)["hvl"]  # folds of one task: every fold and seed is a run
-    assert folds["auroc"]["runs"] == 4
-    assert folds["auroc"]["std"] == pytest.approx(statistics.stdev([0.6, 0.7, 0.8, 0.95]))
+    folds = summarise(runs, layout)["hvl"]  # folds of one task: the seeds of a fold are averaged first
+    assert folds["auroc"]["runs"] == 2
+    assert folds["auroc"]["mean"] == pytest.approx((0.65 + 0.875) / 2)
+    assert folds["auroc"]["std"] == pytest.approx(statistics.stdev([0.65, 0.875]))
     assert folds["accuracy"] is None
     other = type("L", (), {"tasks": [type("T", (), {"class_names": names})() for names in (["a"], ["b"])]})()
     tasks = summarise(runs, other)["hvl"]["auroc"]  # tasks are averaged per seed first
@@ -155,13 +159,38 @@ def reproduce(data, tmp_path, *arguments):
 def test_reproduce_prints_ours_beside_the_paper(data, tmp_path, capsys):
     assert reproduce(data, tmp_path, "--seeds", "0", "1", "--cache", str(tmp_path / "cache")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["percent", "accuracy", "FPR95", "AUROC"]
+    assert lines[0].split() == ["percent,", "FPR95", "standard", "accuracy", "FPR95", "AUROC"]
     ours = [line.split("  ")[0] for line in lines[1:]]
     assert ours[:2] == ["HVL", "HVL, patch_mean=kept"]
     assert "gen of a linear probe" in ours
-    (published,) = (line for line in lines if line.startswith("published: HVL"))
-    assert published.split()[-3:] == ["98.30", "37.59±0.82", "90.95±0.65"]
+    (at,) = (index for index, line in enumerate(lines) if line.startswith("published: HVL"))
+    assert lines[at].split()[-3:] == ["98.30", "37.59±0.82", "90.95±0.65"]
     assert "±" in lines[1]
+    mine, theirs, difference = (
+        [float(cell.split("±")[0].rstrip("!")) for cell in lines[row].split()[-3:]] for row in (1, at, at + 1)
+    )
+    assert lines[at + 1].startswith("difference")
+    assert difference == pytest.approx(np.subtract(mine, theirs), abs=0.011)
+    flags = [cell.endswith("!") for cell in lines[at + 1].split()[-3:]]
+    assert flags == [abs(value) > 1.5 for value in difference]
+
+
+def test_seeds_do_not_pass_for_folds(layout):
+    """Runs of a fold are alike: counted as independent, they would make the interval too narrow."""
+    rng = np.random.default_rng(0)
+    hits = {"folds": 0, "runs": 0}
+    for _ in range(300):
+        values = rng.normal(0.8, 0.02, 5)[:, None] + rng.normal(0, 0.002, (5, 3))
+        runs = [
+            {"task": f"fold-{fold}", "seed": seed, "detector": "hvl", "accuracy": None, "auroc": value, "fpr95": 0.5}
+            for (fold, seed), value in np.ndenumerate(values)
+        ]
+        found = summarise(runs, layout)["hvl"]["auroc"]
+        naive = spread(list(values.flatten()))
+        for name, interval in (("folds", found), ("runs", naive)):
+            hits[name] += interval["low"] <= 0.8 <= interval["high"]
+    assert 0.91 < hits["folds"] / 300 < 0.99
+    assert hits["runs"] / 300 < 0.8
 
 
 def test_reproduce_the_parts_of_table_2(data, tmp_path, capsys, monkeypatch):
@@ -202,6 +231,7 @@ def test_a_dry_run_says_what_is_there(data, tmp_path, capsys):
         (["explain", "{data}/none.png", "--detector", "{data}/detector"], 3, "There is no image"),
         (["reproduce", "--root", "{data}", "--protocol", "isic"], 2, "Did you mean 'isic-4'"),
         (["reproduce", "--root", "{data}", "--protocol", "nct-crc", "--study", "q"], 2, "study 'q'"),
+        (["reproduce", "--root", "{data}", "--protocol", "nct-crc", *QUICK, "--study", "epochs"], 2, "epochs=2 would"),
         (["reproduce", "--root", "{data}", "--protocol", "isic-4", "--backbone", "tiny"], 3, "ISIC_2019"),
     ],
 )

@@ -2,8 +2,8 @@
 
 HVL looks at every image as a whole, as n x n and as 2n x 2n tiles, each enlarged to the encoder's full input, lets
 coarse context flow into fine tiles and leaves tiles out whose class distribution is flat. An adapter and two biases of
-the class texts are trained on embeddings that are computed once; tiles just outside a lesion serve as pseudo-OOD. The
-trained detector is `hvl`; `functional` holds the equations.
+the class texts are trained on embeddings that are computed once; the fine tiles that are least sure beside the tile
+they lie in serve as pseudo-OOD. The trained detector is `hvl`; `functional` holds the equations.
 
 Lai, Lu, Chen, Chen, Zheng & Wang, "Hierarchical vision-language learning for medical out-of-distribution
 detection", MICCAI 2025.

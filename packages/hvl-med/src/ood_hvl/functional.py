@@ -282,7 +282,7 @@ def pool(p: Tensor, keep: Tensor, *, mean: str = "paper") -> Tensor:
         TypeError: not a floating-point `p`, or a `keep` that is not bool.
         ValueError: shapes that do not fit, NaN, no patch kept, values outside [0, 1], or an unknown `mean`.
 
-    Source: p^1 and p^2 of section 3.2 of the paper.
+    Source: the paper's entropy filter, p^1 and p^2 of Eq. 3.
 
     Example:
         >>> p, keep = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]), torch.tensor([[True, False]])
@@ -320,7 +320,7 @@ def log_pool(log_p: Tensor, keep: Tensor) -> Tensor:
 
 
 def entropy_gain(H1: Tensor, H2: Tensor, parent: Tensor) -> Tensor:
-    """How much less sure a fine patch is than the middle patch it lies in: just outside a lesion this is large.
+    """How much less sure a fine patch is than the middle patch it lies in; the paper's measure of pseudo-OOD patches.
 
     Args:
         H1: entropies of the middle patches [B, N1].

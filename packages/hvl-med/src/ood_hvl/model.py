@@ -116,7 +116,7 @@ class HVLModel(nn.Module):
     text: Tensor
 
     def texts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Class texts of the three scales; the middle bias is the mean of the other two (section 3.1 of the paper)."""
+        """Class texts of the three scales; the middle bias is the mean of the other two."""
         middle = (self.bias0 + self.bias2) / 2
         return self.text + self.bias0, self.text + middle, self.text + self.bias2
 

@@ -1,4 +1,4 @@
-"""The embeddings of an image at three scales, as a feature that is extracted and cached once (section 3.1)."""
+"""The embeddings of an image at three scales, as a feature that is extracted and cached once."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from ood_core.cli.common import (
 )
 from ood_core.cli.methods import show_found
 from ood_core.errors import unknown_name
-from ood_core.runs import percent
+from ood_core.published import Beside, beside, difference_cells, legend
+from ood_core.runs import percent, study_options
 
 from ood_hvl._published import published_table
 from ood_hvl.layouts import Layout, find_layout, inspect_layout
@@ -60,8 +61,7 @@ def reproduce(args: argparse.Namespace) -> None:
     backbone, given = load_backbone(args), dict(map(parse_param, args.param))
     settings = STUDIES[args.study] if args.study else {"HVL": {}}
     results: dict[str, Any] = {}
-    for label, options in settings.items():
-        options = options | given
+    for label, options in study_options(settings, given, message).items():
         message(f"{label}: embeddings at {options.get('n', 2)} x {options.get('n', 2)} partitions, then training")
         runs = run_layout(
             layout,
@@ -73,22 +73,39 @@ def reproduce(args: argparse.Namespace) -> None:
             folder=Path(args.out) / _folder(layout) / label.replace(" ", "-"),
         )
         results |= {_name(label, detector): row for detector, row in summarise(runs, layout).items()}
-    published = _published(args.protocol, args.study)
-    if args.json:
-        print_json({"protocol": args.protocol, "results": results, "published": published, "notes": _notes(layout)})
-        return
-    print_table(
-        ["percent", "accuracy", "FPR95", "AUROC"],
-        [[name, *(percent(row[measure]) for measure in _COLUMNS)] for name, row in results.items()]
-        + [
-            [f"published: {row['method']}", *(_published_cell(row, measure) for measure in _COLUMNS)]
-            for row in published
-        ],
-    )
-    message(f"Every run: {args.out}")
+    _show(args, results, _notes(layout))
 
 
 _COLUMNS = ("accuracy", "fpr95", "auroc")
+
+
+def _show(args: argparse.Namespace, results: dict[str, Any], notes: list[str]) -> None:
+    """Our rows, the published ones, and the differences where a row has the same name in both."""
+    published = _published(args.protocol, args.study)
+    found = [one for row in published if row["method"] in results for one in _beside(row, results[row["method"]])]
+    if args.json:
+        compared = [one.to_dict() for one in found]
+        content = {"protocol": args.protocol, "convention": _CONVENTION, "results": results, "published": published}
+        print_json(content | {"differences": compared, "notes": notes})
+        return
+    rows = [[name, *(percent(row[measure]) for measure in _COLUMNS)] for name, row in results.items()]
+    for row in published:
+        rows.append([f"published: {row['method']}", *(_published_cell(row, measure) for measure in _COLUMNS)])
+        if own := [one for one in found if one.row == row["method"]]:
+            rows.append(["difference", *(cell for m in _COLUMNS for cell in difference_cells(own, [m], [m]))])
+    print_table([f"percent, FPR95 {_CONVENTION}", "accuracy", "FPR95", "AUROC"], rows)
+    for line in [*(f"Note: {note}" for note in notes), *([legend(found)] if published else [])]:
+        message(line)
+    message(f"Every run: {args.out}")
+
+
+_CONVENTION = "standard"
+
+
+def _beside(row: dict[str, Any], ours: dict[str, Any]) -> list[Beside]:
+    """A published row and ours, a place per column."""
+    mine = {m: {m: 100 * ours[m]["mean"]} for m in _COLUMNS if ours[m] is not None}
+    return beside(row["method"], mine, {m: {m: row[m]} for m in _COLUMNS})
 
 
 def _layout_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from ood_core.detectors import create_detector
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract
-from ood_core.runs import Run, kept_runs, spread
+from ood_core.runs import Run, UsedImages, kept_runs, recipe, spread
 
 from ood_hvl.detectors import HVL
 from ood_hvl.layouts import Layout, Task
@@ -91,7 +93,7 @@ def run_layout(
     options = dict(options or {})
     backbone = _wide(backbone, options)
     given = {"convention": convention, "bootstrap": bootstrap}
-    recipe = given | {"options": options, "backbone": features.fingerprint, "source": features.source}
+    images = {"images": UsedImages(layout.source)}
     runs: list[Run] = []
     for task in layout.tasks:
         parts = cache(partial(task.features, features))
@@ -100,9 +102,27 @@ def run_layout(
             jobs["baselines"] = (seeds[0], dict(baselines))
         for label, (seed, methods) in jobs.items():
             file = None if folder is None else Path(folder) / task.name / f"{label}.json"
-            make = partial(_judge, task, parts, backbone, methods, label, seed, given)
-            runs += kept_runs(file, recipe | {"methods": methods}, make)
+            about = recipe(
+                backbone,
+                images,
+                task.class_names,
+                code=["ood_hvl"],
+                options=options,
+                methods=methods,
+                parts=_ids_of(task),
+                **given,
+            )
+            runs += kept_runs(file, about, partial(_judge, task, parts, backbone, methods, label, seed, given))
     return runs
+
+
+def _ids_of(task: Task) -> dict[str, str]:
+    """Digest of the images of each part: another fold has others of the same source."""
+    ids = task.source.ids
+    return {
+        name: hashlib.sha256(json.dumps([ids[row] for row in rows]).encode()).hexdigest()[:16]
+        for name, rows in task.rows.items()
+    }
 
 
 def _judge(
@@ -145,22 +165,23 @@ def _wide(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
 
 
 def summarise(runs: Sequence[Run], layout: Layout) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation (n - 1) and 95 % interval (Student's t) of each detector over its runs.
+    """Mean, standard deviation (n - 1) and 95 % interval (Student's t) of each detector over independent units.
 
-    A run is a fold (and seed), where the tasks are folds of one; else a seed, whose tasks are averaged first.
+    Where the tasks are folds of one, a unit is a fold: the seeds of a fold share its images, so they are averaged and
+    do not count as measurements of their own. Else a unit is a seed, whose tasks are averaged.
 
     Args:
         runs: of `run_layout`.
         layout: of them.
 
     Returns:
-        Detector -> measure -> "mean", "std", "low", "high" (None from one run) and "runs"; an accuracy that a
-        detector does not have is None.
+        Detector -> measure -> "mean", "std", "low", "high" (None from one unit) and "runs", the number of units; an
+        accuracy that a detector does not have is None.
     """
     folds = len({tuple(task.class_names) for task in layout.tasks}) == 1
     table: dict[str, dict[Any, list[Run]]] = {}
     for run in runs:
-        unit = (run["task"], run["seed"]) if folds else run["seed"]
+        unit = run["task"] if folds else run["seed"]
         table.setdefault(run["detector"], {}).setdefault(unit, []).append(run)
     return {
         name: {measure: spread([_mean(unit, measure) for unit in units.values()]) for measure in MEASURES}

@@ -1,4 +1,4 @@
-"""Medical benchmarks as they lie on users' disks, and any images with some classes held out (section 4).
+"""Medical benchmarks as they lie on users' disks, and any images with some classes held out.
 
 A layout has one source with every image that any of its tasks uses, and tasks that are rows of it: what to train on,
 what to test on, what is unknown. So the embeddings are extracted once, and all folds and tasks take their share:
