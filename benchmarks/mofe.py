@@ -40,9 +40,9 @@ MAIN: dict[str, dict[str, Any]] = {
     "naive fine-tuning": {"moe": False, "mixup": False},
     "MOS": {"moe": False, "mixup": False, "group_heads": True},
     "MoFE": {"mixup": False},
-    # A control: router, heads and the banks per expert alone. Its global bank is kNN on the frozen backbone with the
-    # same images.
-    "frozen blocks": {"mixup": False, "learning_rate": 0},
+    # A control, at a rate that moves no weight: router, heads and the banks per expert alone. Its global bank is kNN on
+    # the frozen backbone with the same images.
+    "frozen blocks": {"mixup": False, "learning_rate": 1e-12},
     # Table 6 of the paper, "without D-beta" and "without Reg", beside the whole of it.
     "plain mixup": {"moe": False, "dynamic": False},
     "no regulariser": {"moe": False, "reg": "none"},

@@ -65,11 +65,11 @@ def test_rows_of_table_6_and_the_controls(benchmark, sets, tmp_path):
         assert run["scores"]["knn"]["far_mean"]["auroc"] == run["scores"]["knn"]["per_set"]["noise"]["auroc"]
     _, frozen = found["frozen blocks"]
     network, before = frozen.network(), dict(sets.backbone.last_block.named_parameters())
-    for expert in range(2):
-        assert torch.equal(network.experts.up_weight[expert], before["mlp.c_fc.weight"].to(network.experts.up_weight))
-    assert not torch.equal(found["MoFE"][1].network().experts.up_weight, network.experts.up_weight)
-    moved = frozen.state["model.router"]
-    assert not torch.equal(moved, frozen._network(sets.backbone, frozen.group).router)
+    start = before["mlp.c_fc.weight"].to(network.experts.up_weight).expand_as(network.experts.up_weight)
+    torch.testing.assert_close(network.experts.up_weight, start, rtol=0, atol=1e-9)
+    assert (found["MoFE"][1].network().experts.up_weight - start).abs().max() > 1e-4
+    moved = frozen.state["model.router"] - frozen._network(sets.backbone, frozen.group).router
+    assert moved.abs().max() > 1e-3
 
 
 def test_the_global_bank_of_frozen_blocks_is_knn_with_the_same_images(benchmark, sets, tmp_path):
