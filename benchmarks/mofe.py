@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
 from ood_core.protocols import find_protocol
-from ood_core.runs import kept_runs
+from ood_core.runs import UsedImages, kept_runs, recipe
 from ood_mofe.functional import wordnet_groups
 from ood_mofe.partition import imagenet_edges
 from ood_mofe.plot import draw_features
@@ -40,6 +40,12 @@ MAIN: dict[str, dict[str, Any]] = {
     "naive fine-tuning": {"moe": False, "mixup": False},
     "MOS": {"moe": False, "mixup": False, "group_heads": True},
     "MoFE": {"mixup": False},
+    # A control, at a rate that moves no weight: router, heads and the banks per expert alone. Its global bank is kNN on
+    # the frozen backbone with the same images.
+    "frozen blocks": {"mixup": False, "learning_rate": 1e-12},
+    # Table 6 of the paper, "without D-beta" and "without Reg", beside the whole of it.
+    "plain mixup": {"moe": False, "dynamic": False},
+    "no regulariser": {"moe": False, "reg": "none"},
     "Dynamic-beta Mixup": {"moe": False},
     "MoFE + Dynamic-beta Mixup": {},
 }
@@ -51,13 +57,12 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "grouping by WordNet alone": {"grouping": "given", "mixup": False},
     "router without norm": {"router_norm": "none", "mixup": False},
     "mixup as in the main rows": {"moe": False},
-    "plain mixup": {"moe": False, "dynamic": False},
-    "no regulariser": {"moe": False, "reg": "none"},
     "regulariser on the normed token": {"moe": False, "reg_on": "post_norm"},
 }
+K = 50  # neighbour of kNN, frozen and trained
 SHOWN = "MoFE + Dynamic-beta Mixup"  # in the picture
 FROZEN: dict[str, tuple[str, dict[str, Any]]] = {
-    "knn": ("knn", {"k": 50}),
+    "knn": ("knn", {"k": K}),
     "msp of a linear probe": ("linear_probe", {}),
     "max_logit of a linear probe": ("linear_probe", {"scorer": "max_logit"}),
     "energy of a linear probe": ("linear_probe", {"scorer": "energy"}),
@@ -67,11 +72,18 @@ FROZEN: dict[str, tuple[str, dict[str, Any]]] = {
 class Sets:
     """Tokens before the last block of every set."""
 
-    def __init__(self, backbone: Backbone, packs: Path) -> None:
-        self.backbone = backbone
-        self.fit = fit_images(packs)
-        self.wnids = find_protocol("tiny-imagenet-100", packs).wnids
-        self.kept = {name: self._read(source) for name, source in test_sets(packs).items()}
+    def __init__(
+        self, backbone: Backbone, fit: ImageSource, wnids: Sequence[str], tests: Mapping[str, ImageSource]
+    ) -> None:
+        self.backbone, self.fit, self.wnids = backbone, fit, list(wnids)
+        self.used = {name: UsedImages(source) for name, source in {"fit": fit, **tests}.items()}
+        self.kept = {name: self._read(source) for name, source in tests.items()}
+
+    @classmethod
+    def of_packs(cls, backbone: Backbone, packs: Path) -> Sets:
+        """Those of the protocol."""
+        wnids = find_protocol("tiny-imagenet-100", packs).wnids
+        return cls(backbone, fit_images(packs), wnids, test_sets(packs))
 
     @torch.no_grad()
     def _read(self, source: ImageSource) -> tuple[FeatureSet, torch.Tensor]:
@@ -117,6 +129,14 @@ def word_groups(sets: Sets, experts: int) -> dict[str, int]:
     return dict(zip(sets.fit.label_names, groups, strict=True))
 
 
+def options_of(sets: Sets, row: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a row's MoFE: what it varies, and WordNet's groups where it has any."""
+    chosen = {**common, **row}
+    if "groups" not in chosen and (chosen.get("moe", True) or chosen.get("group_heads")):
+        chosen = {"grouping": "both", **chosen, "groups": word_groups(sets, chosen["experts"])}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=Path, required=True)
@@ -137,8 +157,9 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=PICTURE, help="picture of the features")
     args = parser.parse_args()
     backbone = create_backbone(args.backbone, dtype="float32")
-    work, sets = args.work.expanduser() / backbone.fingerprint[:12], Sets(backbone, args.packs)
+    work, sets = args.work.expanduser() / backbone.fingerprint[:12], Sets.of_packs(backbone, args.packs)
     common = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "head_learning_rate", "augment")}
+    common |= {"k": K}
     runs: dict[str, list[dict[str, Any]]] = {}
     swept: dict[str, list[dict[str, Any]]] = {}
     dimensions = {"frozen": effective_dimensions(sets.of_backbone()["id"].image)}
@@ -154,11 +175,7 @@ def main() -> int:
         if args.only and label not in args.only:
             continue
         for seed in seeds:
-            chosen: dict[str, Any] = {"experts": args.experts, "epochs": epochs, **common, "seed": seed, **options}
-            if "groups" not in chosen and (chosen.get("moe", True) or chosen.get("group_heads")):
-                chosen["groups"] = word_groups(sets, chosen["experts"])
-                chosen.setdefault("grouping", "both")
-            chosen = {name: value for name, value in chosen.items() if value is not None}
+            chosen = options_of(sets, options, common | {"experts": args.experts, "epochs": epochs, "seed": seed})
             kind = f"{label}-{epochs}-{'augment' if args.augment else 'plain'}".replace(" ", "-")
             folder = work / kind / f"{seed}"
             found.setdefault(label, []).append(_run(folder, sets, backbone, chosen))
@@ -214,8 +231,8 @@ def _run(folder: Path, sets: Sets, backbone: Backbone, options: dict[str, Any]) 
         scores = judge(variants(detector), sets.of_experts(detector))
         return [{"seed": options["seed"], "minutes": minutes, "scores": scores, "history": detector.history}]
 
-    recipe = {"options": options, "backbone": backbone.fingerprint, "images": sets.fit.fingerprint}
-    return kept_runs(folder / "results.json", recipe, make)[0]
+    made = recipe(backbone, sets.used, sets.fit.label_names, code=["ood_mofe"], options=options)
+    return kept_runs(folder / "results.json", made, make)[0]
 
 
 def _tell(label: str, run: dict[str, Any]) -> None:

@@ -216,6 +216,21 @@ def test_an_expert_without_a_bank_gives_the_lowest_score(fitted, features, caplo
     assert any(f"expert {lonely} ({first}" in m and "holds 0 images" in m and "-2" in m for m in caplog.messages)
 
 
+@pytest.mark.parametrize(("count", "classes", "expected"), [(40, 5, 7), (130, 2, 50)])
+def test_no_k_is_that_of_the_cores_knn(backbone, count, classes, expected):
+    source = photos(count, classes=classes)
+    detector = made(backbone, k=None, experts=2, epochs=1, mixup=False)
+    assert detector.neighbour == 50  # nothing is known yet
+    detector.fit(source)
+    known = source.subset(detector.state["bank_row"].numpy())
+    core = create_detector("knn").fit(extract(backbone, known, {"image"}))
+    assert detector.neighbour == int(core.state["k"]) == expected  # a tenth of a class, at least one, is held out
+    features = extract(detector.backbone, photos(6, classes=classes, seed=3), detector.needs)
+    fixed = changed(detector, k=expected)
+    assert torch.equal(detector.score_features(features), fixed.score_features(features))
+    assert changed(fixed, k=None).neighbour == expected
+
+
 def test_a_small_bank_is_named_and_uses_what_it_has(fitted, caplog):
     with caplog.at_level(logging.WARNING):
         changed(fitted, k=1000)
@@ -356,8 +371,10 @@ def test_agreeing_to_differ_with_texts_from_a_file(clip_fitted, tmp_path):
     visual = detector.backbone.model.visual
     image = F.normalize(features.extra["token"] @ visual.proj, dim=1)
     assert F.cosine_similarity(image, features.image).min() > 0.9  # one step from the backbone's own embedding
-    logits = 100 * image @ yes.T
-    says_yes = (logits - 100 * image @ no.T).sigmoid()
+    scale = detector.backbone.logit_scale
+    assert scale < 50  # not the 100 of published models
+    logits = scale * image @ yes.T
+    says_yes = (logits - scale * image @ no.T).sigmoid()
     scored = changed(detector, scorer="atd", texts=tmp_path / "clipn.npz")
     expected = (says_yes * logits.softmax(1)).sum(1)
     torch.testing.assert_close(scored.score_features(features), expected, rtol=1e-4, atol=1e-5)
@@ -399,7 +416,7 @@ def test_without_a_step_texts_predict_what_zero_shot_classification_does(tiny, m
     mcm = create_detector("mcm", backbone=tiny, class_names=detector.class_names)
     assert torch.equal(detector.predict(features), mcm.predict(extract(tiny, images, {"image"})))
     texts = tiny.encode_text([f"a photo of a {name}" for name in detector.class_names])
-    logits = 100 * features.image @ texts.T
+    logits = tiny.logit_scale * features.image @ texts.T
     torch.testing.assert_close(
         changed(detector, scorer="max_logit").score_features(features), logits.amax(1), rtol=1e-4, atol=1e-3
     )
@@ -409,13 +426,29 @@ def test_without_a_step_texts_predict_what_zero_shot_classification_does(tiny, m
     others = changed(detector, scorer="others").score_features(features)
     for image, e in enumerate(expert.tolist()):
         own = detector.group == e
-        against = -100 * features.image[image] @ texts[own].mean(0)
+        against = -tiny.logit_scale * features.image[image] @ texts[own].mean(0)
         chances = torch.cat([logits[image, own], against[None]]).softmax(0)
         assert others[image].item() == pytest.approx(1 - chances[-1].item(), abs=1e-4)
     detector.save_pretrained(tmp_path)
+    chances = extract(tiny, images, {"image"})
+    confidence = mcm.set_params(temperature=1 / tiny.logit_scale).score_features(chances)
+    ours = changed(detector, scorer="msp").score_features(features)
+    torch.testing.assert_close(ours, confidence, rtol=1e-4, atol=1e-4)
     loaded = Detector.from_pretrained(tmp_path, backbone=tiny)
     assert torch.equal(loaded.score(images), detector.score(images))
     assert torch.equal(loaded.predict(features), detector.predict(features))
+
+
+def test_text_heads_saved_without_a_scale_keep_clips(tiny, monkeypatch):
+    monkeypatch.setattr("ood_mofe.detectors.train_network", lambda *_, **__: [])
+    detector = made(tiny, **TEXT).fit(rendered(3, seed=0))
+    features = extract(detector.backbone, rendered(2, seed=1), detector.needs)
+    logits = changed(detector, scorer="max_logit").score_features(features)
+    old = changed(detector, scorer="max_logit")
+    old.state = {name: value for name, value in detector.state.items() if not name.endswith("logit_scale")}
+    torch.testing.assert_close(old.score_features(features), logits * 100 / tiny.logit_scale)
+    network = old.network()
+    assert float(network.readout.global_head.logit_scale) == float(network.readout.heads.logit_scale) == 100
 
 
 def test_training_leaves_the_texts_as_they_are(tiny):

@@ -5,11 +5,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ood_mofe.functional import beta_concentration, fold_lambda, mixup, route, routing_loss
+from ood_mofe.functional import (
+    beta_concentration,
+    fold_lambda,
+    mix_experts,
+    mixup,
+    mixup_loss,
+    norm_regulariser,
+    route,
+    routing_loss,
+)
 
 GOLDEN = {
     key: torch.from_numpy(np.asarray(value))
-    for key, value in np.load(Path(__file__).parent / "golden" / "mofe_router_mixup.npz").items()
+    for name in ("mofe_router_mixup", "mofe_gate_loss")
+    for key, value in np.load(Path(__file__).parent / "golden" / f"{name}.npz").items()
 }
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
 
@@ -79,6 +89,44 @@ class TestRoute:
     def test_bad_input(self, x, weight, error, words):
         with pytest.raises(error, match=words):
             route(x, weight)
+
+
+class TestMixExperts:
+    @dtypes
+    def test_golden_of_the_residual_branch(self, dtype):
+        z, routed = GOLDEN["in/z"].to(dtype), GOLDEN["block/routed"].to(dtype)
+        weight = GOLDEN["route/prob"].to(dtype).amax(1, keepdim=True)
+        for token in range(z.shape[1]):
+            ours = z[:, token] + mix_experts((routed - z)[:, token, None], weight)
+            torch.testing.assert_close(ours, GOLDEN["block/routed_gate_prob"][:, token].to(dtype), **CLOSE[dtype])
+
+    def test_is_the_weighted_sum(self):
+        results, probability = random(5, 3, 4), random(5, 3, seed=1).softmax(1)
+        expected = [
+            [sum(float(probability[b, k] * results[b, k, d]) for k in range(3)) for d in range(4)] for b in range(5)
+        ]
+        torch.testing.assert_close(mix_experts(results, probability), torch.tensor(expected).double())
+
+    def test_a_sure_router_takes_one_result_and_equal_results_stay(self):
+        results = random(5, 3, 4)
+        sure = F.one_hot(torch.arange(5) % 3, 3).double()
+        assert torch.equal(mix_experts(results, sure), results[torch.arange(5), torch.arange(5) % 3])
+        same = results[:, :1].expand(-1, 3, -1)
+        torch.testing.assert_close(mix_experts(same, random(5, 3).softmax(1)), same[:, 0])
+
+    @pytest.mark.parametrize(
+        ("results", "probability", "error", "words"),
+        [
+            (random(5, 3, 4), random(5, 2).sigmoid(), ValueError, "K is 3"),
+            (random(5, 4), random(5, 4).sigmoid(), ValueError, r"\[B, K, D\]"),
+            (random(5, 1, 4), torch.full((5, 1), 1.5), ValueError, "probability must lie"),
+            (random(5, 1, 4) * math.nan, torch.ones(5, 1), ValueError, "results holds NaN"),
+            (random(5, 1, 4), torch.ones(5, 1, dtype=torch.int64), TypeError, "int64"),
+        ],
+    )
+    def test_bad_input(self, results, probability, error, words):
+        with pytest.raises(error, match=words):
+            mix_experts(results, probability)
 
 
 class TestRoutingLoss:
@@ -302,3 +350,60 @@ class TestMixup:
         arguments = {**dict(zip(("x", "y_one_hot", "lam", "partner"), batch(), strict=True)), **change}
         with pytest.raises(error, match=words):
             mixup(**arguments)
+
+
+class TestMixupLoss:
+    @dtypes
+    def test_golden(self, dtype):
+        features = GOLDEN["mix/F"].to(dtype)
+        logits = features @ GOLDEN["mix/Wg"].to(dtype) + GOLDEN["mix/bg"].to(dtype)
+        target = GOLDEN["mix/target"].to(dtype)
+        found = {
+            "mix/ce": mixup_loss(logits, target, reg="none"),
+            "mix/l2_unit": norm_regulariser(features, weight=1.0),
+            "mix/loss_l2_eta0.1": mixup_loss(logits, target, features),
+            "mix/loss_ls_eps0.1": mixup_loss(logits, target, reg="ls"),
+        }
+        for name, value in found.items():
+            assert value.dtype == dtype
+            torch.testing.assert_close(value, GOLDEN[name].to(dtype), **CLOSE[dtype])
+
+    def test_by_hand(self):
+        logits, target, features = random(6, 4), random(6, 4, seed=1).softmax(1), random(6, 3, seed=2)
+        total = 0.0
+        for row in range(6):
+            chances = [math.exp(float(x)) for x in logits[row]]
+            total -= sum(float(target[row, c]) * math.log(chances[c] / sum(chances)) for c in range(4)) / 6
+        reg = sum(float(x) ** 2 for x in features.flatten()) / 18
+        assert mixup_loss(logits, target, features, reg_weight=0.3).item() == pytest.approx(total + 0.3 * reg, 1e-12)
+        uniform = -logits.log_softmax(1).mean().item()
+        smoothed = mixup_loss(logits, target, reg="ls", smoothing=0.2).item()
+        assert smoothed == pytest.approx(total + 0.2 * (uniform - total), 1e-12)
+
+    def test_hard_targets_and_no_weight_give_ordinary_cross_entropy(self):
+        logits, labels = random(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+        target = F.one_hot(labels, 4).double()
+        expected = F.cross_entropy(logits, labels)
+        torch.testing.assert_close(mixup_loss(logits, target, random(6, 2), reg_weight=0), expected)
+        smooth = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        torch.testing.assert_close(mixup_loss(logits, target, reg="ls"), smooth)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"features": None}, ValueError, "pass features"),
+            ({"features": torch.ones(5, 2)}, ValueError, "but B is 6"),
+            ({"target": torch.ones(6, 4) / 2}, ValueError, "sum to 1, got sums from 2 to 2"),
+            ({"target": torch.tensor([[2.0, -1, 0, 0]] * 6)}, ValueError, "target must lie"),
+            ({"target": torch.ones(6, 3) / 3}, ValueError, "C is 4"),
+            ({"logits": torch.full((6, 4), math.nan)}, ValueError, "logits holds NaN"),
+            ({"reg": "l1"}, ValueError, "'l1'"),
+            ({"smoothing": 1.0, "reg": "ls"}, ValueError, "smoothing=1.0"),
+            ({"reg_weight": -1.0}, ValueError, "weight=-1.0"),
+            ({"reg_weight": "much"}, TypeError, "'much'"),
+        ],
+    )
+    def test_bad_input(self, change, error, words):
+        arguments = {"logits": torch.zeros(6, 4), "target": torch.ones(6, 4) / 4, "features": torch.ones(6, 2)}
+        with pytest.raises(error, match=words):
+            mixup_loss(**(arguments | change))

@@ -246,6 +246,29 @@ class TestGates:
         plain, gated = (network_of(backbone, gate=gate) for gate in ("none", "renorm"))
         torch.testing.assert_close(self.result(plain, tokens), self.result(gated, tokens), **exact)
 
+    def test_the_literal_gate_weights_whole_results(self):
+        backbone = vit()
+        tokens = tokens_of(backbone)
+        network = network_of(backbone, gate="literal", top_k=2)
+        probability = network.router_logits(tokens).softmax(1)
+        for image in range(len(tokens)):
+            z = tokens[image : image + 1]
+            best = probability[image].sort(descending=True).indices[:2].tolist()
+            expected = sum(probability[image, e] * network.experts.block(e, z)[0, 0] for e in best)
+            torch.testing.assert_close(self.result(network, tokens)[image], expected, **exact)
+
+    def test_with_one_expert_the_literal_gate_ends_in_the_same_features(self):
+        backbone = vit()
+        tokens = tokens_of(backbone)
+        plain, literal = (network_of(backbone, gate=gate) for gate in ("none", "literal"))
+        ratio = self.result(literal, tokens) / self.result(plain, tokens)
+        weight = plain.router_logits(tokens).softmax(1).amax(1, keepdim=True)
+        torch.testing.assert_close(ratio, weight.expand_as(ratio), **exact)
+        for network in (plain, literal):
+            network.norm.eps = 0.0  # all that is left of a length
+        found = [network.features(tokens)["token"] for network in (plain, literal)]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("gate", ["prob", "renorm"])
     def test_two_experts_are_weighted_by_their_probabilities(self, gate):
         backbone = vit()
@@ -410,6 +433,13 @@ def test_texts_as_heads():
     expert = torch.tensor([0, 1, 2, 0, 1, 2])
     torch.testing.assert_close(twin.heads(token, expert), heads(token, expert), **exact)
     torch.testing.assert_close(twin.class_logits(token, expert, "global"), head(token), **exact)
+    colder = Readout(TextGroupHeads(GROUP, texts, projection, logit_scale=20.0), TextHead(texts, projection, 20.0))
+    for one in (colder, Readout.from_state(colder.state_dict())):
+        torch.testing.assert_close(one.global_head(token), head(token) / 5, **exact)
+        others = TextGroupHeads(GROUP, texts, projection)(token, expert) / 5
+        torch.testing.assert_close(one.heads(token, expert), others, **exact)
+    with pytest.raises(ValueError, match="logit_scale=0"):
+        TextHead(texts, projection, 0.0)
 
 
 @pytest.mark.parametrize("make", [clip, lambda: hf("clip")], ids=["open_clip", "transformers"])
@@ -418,7 +448,8 @@ def test_at_first_the_texts_say_of_an_image_what_zero_shot_classification_says(m
     texts = torch.nn.functional.normalize(torch.randn(5, 12, generator=torch.Generator().manual_seed(0)), dim=1)
     network = MoFENetwork.from_backbone(backbone, GROUP, experts=3, texts=texts, global_head=False)
     token = network.features(tokens_of(backbone))["token"].double()
-    expected = 100 * backbone.encode_image(pixels(backbone)).double() @ texts.double().T
+    assert backbone.logit_scale != 100
+    expected = backbone.logit_scale * backbone.encode_image(pixels(backbone)).double() @ texts.double().T
     torch.testing.assert_close(network.readout.class_logits(token, None, "global"), expected, rtol=1e-5, atol=1e-4)
     assert {name for name, _ in network.named_parameters() if "readout" in name} == {"readout.heads.others_weight"}
 

@@ -1,6 +1,7 @@
 """Tables and studies on a miniature of the benchmark's folders; the backbone is a few kilobytes where speed matters."""
 
 import copy
+import dataclasses
 import json
 import statistics
 
@@ -11,14 +12,17 @@ from ood_core import create_detector
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import MissingDataError, UsageError
-from ood_core.metrics import auroc
+from ood_core.metrics import auroc, fpr_at_tpr
 from ood_core.protocols import find_protocol
 from ood_core.scores import ScoreTable
 from ood_mofe import reproduce as paper
 from ood_mofe.cli import main
 from ood_mofe.detectors import MoFE
+from ood_mofe.groups import smallest_family
+from ood_mofe.partition import imagenet_edges, imagenet_words
 from ood_mofe.reproduce import STUDIES, TABLES
 from ood_mofe.runner import KS, Bench, Setting, summarise, variants
+from ood_mofe.studies import fine_labels
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
@@ -39,11 +43,12 @@ def fill(folder, count, hue, seed):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    hues = np.random.default_rng(0).integers(0, 256, (len(WNIDS) + 4, 3))
+    hues = np.random.default_rng(0).integers(0, 256, (len(WNIDS) + 6, 3))
     for number, wnid in enumerate(WNIDS):
         fill(folder / "imagenet/train" / wnid, 3, hues[number], number)
         fill(folder / "imagenet/val" / wnid, 2, hues[number], 100 + number)
-    for number, name in enumerate(["iNaturalist/images", "SUN/images", "Places/images", "dtd/images/banded"]):
+    unknown = ["iNaturalist/images", "SUN/images", "Places/images", "dtd/images/banded"]
+    for number, name in enumerate([*unknown, "imagenet-o/n00000001", "NINCO/NINCO_OOD_classes/moss"]):
         fill(folder / name, 3, hues[len(WNIDS) + number], 200 + number)
     return folder
 
@@ -134,12 +139,31 @@ def test_finished_runs_are_read_back_and_shared_by_tables(bench, protocol, backb
     monkeypatch.setattr(Bench, "_judge", lambda *_: pytest.fail("it was computed again"))
     assert bench.runs(Setting("mofe", "mos")) == first
     other = Bench(protocol, backbone, bench.out, params=QUICK | {"experts": 3, "epochs": 2}, seeds=[1])
-    with pytest.raises(UsageError, match="other settings or images"):
+    with pytest.raises(UsageError, match=r"other settings or images.* options\.epochs was 1, is 2\."):
         other.runs(Setting("mofe", "knn"))
-    with pytest.raises(UsageError, match="other settings or images"):
-        Bench(protocol, backbone, bench.out, params=bench.params, seeds=[1], convention="openood").runs(
-            Setting("mofe", "knn")
-        )
+    same = {"params": bench.params, "seeds": [1]}
+    with pytest.raises(UsageError, match='convention was "standard", is "openood"'):
+        Bench(protocol, backbone, bench.out, **same, convention="openood").runs(Setting("mofe", "knn"))
+    moved = dataclasses.replace(protocol, ood=protocol.ood | {"SUN": protocol.ood["Places"]})
+    with pytest.raises(UsageError, match=r"images\.SUN was .*SUN.*, is .*Places"):
+        Bench(moved, backbone, bench.out, **same).runs(Setting("mofe", "knn"))
+    renamed = dataclasses.replace(protocol, class_names=["shark", *protocol.class_names[1:]])
+    assert Bench(renamed, backbone, bench.out, **same).runs(Setting("mofe", "knn")) == first  # it knows wnids only
+    monkeypatch.setattr("ood_core.runs._digest_of_code", lambda sources: f"{len(sources)} others")
+    with pytest.raises(UsageError, match=r"code\.ood_core\.backbones was"):
+        bench.runs(Setting("mofe", "knn"))
+
+
+def test_the_prompts_of_the_classes_are_part_of_a_run(protocol, tmp_path):
+    tiny = create_detector("mcm", backbone="tiny", class_names=["a"]).backbone
+    run = Bench(protocol, tiny, tmp_path)
+    made = {name: run._recipe(run._made(Setting(name, name), None)) for name in ("mcm", "knn", "mofe")}
+    assert {name: found["template"] for name, found in made.items()} == dict.fromkeys(made, "a photo of a {}")
+    assert made["mofe"]["options"]["classifier"] == "text"
+    assert {name for name in made["mofe"]["code"] if name not in made["knn"]["code"]} >= {"ood_mofe.training"}
+    names = [*protocol.class_names[:-1], "sports car, red"]
+    renamed = Bench(dataclasses.replace(protocol, class_names=names), tiny, tmp_path)
+    assert renamed._recipe(renamed._made(Setting("mcm", "mcm"), None))["class_names"] != made["mcm"]["class_names"]
 
 
 def test_an_interrupted_training_goes_on(bench, monkeypatch):
@@ -272,11 +296,11 @@ def test_rows_switch_what_they_say():
 @pytest.fixture
 def run(root, backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paper, "load_backbone", lambda args, spec: small(spec) if args.backbones else backbone)
-    given = [part for name, value in QUICK.items() for part in ("--param", f"{name}={json.dumps(value)}")]
 
-    def command(*arguments, experts=3):
-        fixed = ["reproduce", "--root", root, "--out", tmp_path, "--param", f"experts={experts}", *given]
-        assert main(list(map(str, [*fixed, *arguments]))) == 0
+    def command(*arguments, leave_out=()):
+        options = {name: value for name, value in ({"experts": 3} | QUICK).items() if name not in leave_out}
+        given = [part for name, value in options.items() for part in ("--param", f"{name}={json.dumps(value)}")]
+        assert main(list(map(str, ["reproduce", "--root", root, "--out", tmp_path, *given, *arguments]))) == 0
         return capsys.readouterr()
 
     return command
@@ -286,7 +310,7 @@ def test_a_table_has_ours_beside_the_papers(run):
     printed = run("--table", 3, "--seeds", 0, 1)
     lines = [line.split("  ") for line in printed.out.splitlines()]
     header, *rows = ([cell.strip() for cell in line if cell.strip()] for line in lines)
-    assert header == ["FPR95 / AUROC", *OOD, "average", "accuracy"]
+    assert header == ["FPR95 (standard) / AUROC", *OOD, "average", "accuracy"]
     names = [row[0] for row in rows]
     assert names == [
         "baseline", "published on DINOv2: baseline", "naive fine-tuning", "+ MoFE", "published on DINOv2: + MoFE",
@@ -296,17 +320,45 @@ def test_a_table_has_ours_beside_the_papers(run):
     assert "±" not in rows[0][1]
     assert all("±" in cell for cell in rows[3][1:])
     assert "Table 1 has it as 28.34/92.18" in printed.err
+    assert "by the rule 'standard'" in printed.err
+
+
+def test_every_row_has_the_fpr_rule_that_is_named(run, tmp_path):
+    one, other = (
+        run("--table", 3, "--seeds", 0, "--out", tmp_path / rule, "--convention", rule, "--json")
+        for rule in ("openood", "standard")
+    )
+    found = [json.loads(printed.out) for printed in (one, other)]
+    assert [one["convention"] for one in found] == ["openood", "standard"]
+    for one in found:
+        assert sum(f"by the rule '{one['convention']}'" in note for note in one["notes"]) == 1
+    for label, folder in {"baseline": "knn", "both": "mofe"}.items():
+        table = ScoreTable.read(next((tmp_path / "openood/imagenet-1k/small-vit" / folder).glob("*.parquet")))
+        known = table.scores("knn", "id")
+        for name, row in found[0]["results"][label]["sets"].items():
+            expected = fpr_at_tpr(known, table.scores("knn", name), convention="openood")
+            assert row["fpr95"]["mean"] == pytest.approx(expected)
+
+
+def test_an_option_that_a_table_varies_is_refused_or_said(run, bench):
+    printed = run("--study", "router", "--seeds", 0, "--param", "gate=literal")
+    assert "gate='literal' holds in normalised class token, raw class token, mean of patches" in printed.err
+    assert "the study itself sets it in gate by probability, two experts" in printed.err
+    found = json.loads((bench.out / "imagenet-1k/small-vit/mofe,gate=prob/seed-0.json").read_text())
+    assert found["recipe"]["options"]["gate"] == "prob"
+    found = json.loads((bench.out / "imagenet-1k/small-vit/mofe/seed-0.json").read_text())
+    assert found["recipe"]["options"]["gate"] == "literal"
 
 
 def test_gains_are_over_the_baseline(run):
-    found = json.loads(run("--table", 4, "--seeds", 0, "--json").out)
+    found = json.loads(run("--table", 4, "--seeds", 0, "--json", leave_out=["experts"]).out)
     fpr95 = {name: row["average"]["fpr95"]["mean"] for name, row in found["results"].items()}
     assert list(fpr95) == ["baseline", *(f"{n} experts" for n in (2, 3, 5, 7, 8, 9))]
     for name, row in found["results"].items():
         assert row["gain"]["mean"] == pytest.approx(fpr95["baseline"] - fpr95[name])
     assert found["published"][3]["gain"] == 12.26
     assert (found["table"], found["protocol"], found["backbone"]) == (4, "imagenet-1k", "small/vit")
-    lines = run("--table", 4, "--seeds", 0).out.splitlines()
+    lines = run("--table", 4, "--seeds", 0, leave_out=["experts"]).out.splitlines()
     assert lines[0].split()[-2:] == ["accuracy", "gain"]
     (published,) = (line for line in lines if line.startswith("published on DINOv2: 7 experts"))
     assert published.split()[-1] == "12.26"
@@ -317,7 +369,7 @@ def test_gains_are_over_the_baseline(run):
     [("k", "accuracy"), ("reg_on", "norm"), ("scores", "accuracy"), ("layers", "accuracy"), ("router", "accuracy")],
 )
 def test_studies(run, study, column):
-    printed = run("--study", study, "--seeds", 0)
+    printed = run("--study", study, "--seeds", 0, leave_out=["k"] * (study == "k"))
     header, *rows = printed.out.splitlines()
     assert header.split()[-1] == column
     names = [row.split("  ")[0] for row in rows]
@@ -331,25 +383,69 @@ def test_studies(run, study, column):
         assert all(float(row.split()[-1]) > 0 for row in rows)
 
 
-def test_every_backbone_has_its_best_score(run, tmp_path):
+def test_the_pilot_judges_every_backbone_by_knn_with_other_scores_besides(run, tmp_path):
     printed = run("--study", "pilot", "--backbones", "one", "other", "--json")
     found = json.loads(printed.out)
-    assert "chosen on the OOD sets" in printed.err
+    assert any("by KNN" in note for note in found["notes"])
     assert (found["backbone"], found["study"], found["table"]) == (["one", "other"], "pilot", None)
-    assert [row["backbone"] for row in found["results"].values()] == ["one", "other"]
+    assert found["protocol"] == ["imagenet-1k", "imagenet-o"]
+    labels = [
+        f"{protocol}, {spec}: {name}"
+        for name in ("KNN", "MSP", "MaxLogit", "Energy")
+        for protocol in ("imagenet-1k", "imagenet-o")
+        for spec in ("one", "other")
+    ]
+    assert list(found["results"]) == labels
     for label, row in found["results"].items():
-        folder = tmp_path / "imagenet-1k" / row["backbone"]
-        runs = [
-            run
-            for name in ("knn", "linear_probe")
-            for run in json.loads((folder / name / "all.json").read_text())["runs"]
-        ]
-        assert len(runs) == len(row["scores"]) == 4
-        assert row["average"]["auroc"]["mean"] == max(run["average"]["auroc"] for run in runs)
-        assert label == f"{row['backbone']}: {row['score']}"
-        assert row["scores"][row["score"]] == row["average"]
+        assert label == f"{row['protocol']}, {row['backbone']}: {row['score']}"
+        assert list(row["sets"]) == (OOD if row["protocol"] == "imagenet-1k" else ["ImageNet-O", "NINCO"])
+        method = "knn" if row["score"] == "KNN" else "linear_probe"
+        (file,) = (tmp_path / row["protocol"] / row["backbone"] / method).glob("*.json")
+        runs = {run["score"]: run for run in json.loads(file.read_text())["runs"]}
+        figures = runs[{"KNN": "knn", "MaxLogit": "max_logit"}.get(row["score"], row["score"].lower())]["average"]
+        assert row["average"]["auroc"]["mean"] == figures["auroc"]
     lines = run("--study", "pilot", "--backbones", "one", "other").out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == list(found["results"])
+    names = [line.split("  ")[0] for line in lines if not line.startswith("FPR95 (standard)")]
+    assert names == [label for protocol in found["protocol"] for label in labels if label.startswith(protocol)]
+    alone = json.loads(run("--study", "pilot", "--protocol", "imagenet-o", "--backbones", "one", "--json").out)
+    assert list(alone["results"]) == ["one: KNN", "one: MSP", "one: MaxLogit", "one: Energy"]
+
+
+def test_other_places_go_to_the_protocol_that_has_the_set(run, root):
+    printed = run("--study", "pilot", "--backbones", "one", "--set", f"NINCO={root}/SUN", "--dry-run", "--json")
+    rows = {row["set"]: row for row in json.loads(printed.out)}
+    assert list(rows) == ["train", "test", *OOD, "ImageNet-O", "NINCO"]
+    assert rows["NINCO"]["path"].endswith("SUN")
+
+
+def test_fine_grained_classes_of_every_backbone(run, root, protocol, tmp_path):
+    picture, names = tmp_path / "fine.svg", tmp_path / "classes.txt"
+    names.write_text("n03417042\ntench\n")
+    arguments = ("--study", "fine_grained", "--backbones", "one", "other", "--fine-classes", names)
+    found = json.loads(run(*arguments, "--plot", picture, "--json").out)
+    assert list(found["results"]) == ["one", "other"]
+    for spec, row in found["results"].items():
+        assert [one["name"] for one in row["classes"]] == ["garbage truck", "tench"]
+        table = ScoreTable.read(tmp_path / "imagenet-1k" / spec / "knn" / "all.parquet")
+        mine = table.frame[(table.frame["source"] == "id") & table.frame["id"].str.contains("n03417042")]["knn"]
+        expected = statistics.mean(auroc(mine.to_numpy(), table.scores("knn", name)) for name in OOD)
+        assert row["classes"][0]["auroc"] == pytest.approx(expected)
+    drawn = picture.read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("garbage truck", "tench", "one", "other", "AUROC, percent"))
+    lines = run(*arguments).out.splitlines()
+    (start,) = (number for number, line in enumerate(lines) if line.startswith("FPR95 (standard) / AUROC of a class"))
+    assert [line.split("  ")[0] for line in lines[start + 1 :]] == ["garbage truck", "tench"]
+
+
+def test_without_names_the_fine_classes_are_the_smallest_family(protocol):
+    edges = imagenet_edges()
+    every = sorted({child for _, child in edges} - {parent for parent, _ in edges})
+    family = smallest_family(edges, every, 11)
+    assert len(family) == 11
+    assert {"agama", "Gila monster", "Komodo dragon"} < set(imagenet_words(family))  # lizards
+    assert set(smallest_family(edges, every, 2)) <= set(every)
+    assert smallest_family(edges, every[:3], 11) == every[:3]
+    assert [protocol.wnids[label] for label in fine_labels(protocol)] == WNIDS  # fewer than 11 are all
 
 
 def test_classes_one_by_one(run, protocol, tmp_path):
@@ -371,7 +467,7 @@ def test_classes_one_by_one(run, protocol, tmp_path):
                 ]
             assert found[row]["classes"][label]["auroc"] == pytest.approx(statistics.mean(expected), abs=1e-9)
     printed = run("--study", "classes", "--seeds", 0, 1).out.splitlines()
-    (start,) = (number for number, line in enumerate(printed) if line.startswith("FPR95 / AUROC of a class"))
+    (start,) = (n for n, line in enumerate(printed) if line.startswith("FPR95 (standard) / AUROC of a class"))
     lines = [line.split("  ")[0] for line in printed[start + 1 :]]
     order = sorted(found["MoFE + D-beta Mixup"]["classes"], key=lambda one: one["auroc"])
     assert lines == [f"{'worst' if n < 5 else 'best'}: {one['name']}" for n, one in enumerate(order)]
@@ -404,7 +500,17 @@ def test_a_backbone_with_texts_has_the_papers_rows_of_clip(root, tmp_path, capsy
     assert found["results"]["KNN"]["accuracy"] is None
     one, other = (found["results"][f"MoFE + D-beta Mixup{name}"]["average"] for name in ("", ", knn"))
     assert one != other
-    assert (tmp_path / "imagenet-1k" / "tiny" / "mofe" / "seed-0" / "model.safetensors").is_file()
+    folder = tmp_path / "imagenet-1k" / "tiny"
+    kept = {
+        file.parent.parent.name: json.loads(file.read_text())["params"] for file in folder.glob("*/seed-0/config.json")
+    }
+    assert {name: options["classifier"] for name, options in kept.items()} == {
+        "mofe": "text", "mofe,moe=False,mixup=False,classifier=linear": "linear",
+        "mofe,moe=False,mixup=False,classifier=linear,group_heads=True": "linear",
+    }  # fmt: skip
+    detector = MoFE.from_pretrained(folder / "mofe" / "seed-0")
+    words = detector.backbone.encode_text([f"a photo of a {name}" for name in imagenet_words(WNIDS)])
+    torch.testing.assert_close(detector.state["model.readout.global_head.weight"], words, rtol=0, atol=1e-6)
     assert sum("not 1,281,167" in note for note in found["notes"]) == 1
 
 
@@ -422,6 +528,15 @@ def test_a_dry_run_says_what_is_there(run, root, tmp_path):
         (["--study", "q"], 2, "Unknown study 'q'"),
         (["--study", "k", "--table", "3"], 2, "--table 3 or --study k, not both"),
         (["--study", "pilot"], 2, "--backbones SPEC"),
+        (["--study", "fine_grained"], 2, "--backbones SPEC"),
+        (["--study", "k", "--plot", "x.png"], 2, "belong to --study fine_grained"),
+        (["--study", "fine_grained", "--backbones", "tiny", "--plot", "x.gif"], 2, "must end in .png"),
+        (["--study", "fine_grained", "--backbones", "tiny", "--fine-classes", "{root}/x.txt"], 3, "No class-name file"),
+        (["--study", "pilot", "--backbones", "tiny", "--set", "Sun={root}/SUN"], 2, "Sun"),
+        (["--param", "seed=3"], 2, "give --seeds"),
+        (["--table", "4", "--param", "experts=3"], 2, "experts=3 would count nowhere"),
+        (["--study", "k", "--param", "k=3"], 2, "k=3 would count nowhere"),
+        (["--param", "scorer=energy"], 2, "--study scores"),
         (["--backbones", "tiny"], 2, "--study pilot"),
         (["--study", "layers", "--param", "unfreeze_blocks=1"], 2, "are 4 blocks, and 'small/vit' has 3"),
         (["--protocol", "imagenet-101"], 2, "Unknown protocol 'imagenet-101'"),

@@ -19,8 +19,8 @@ def published_table(number: int) -> dict[str, Any]:
     those that follow from their columns neither rounded nor cut off. Table 4 has the `gain` in average FPR95 only.
 
     Args:
-        number: 1 and 2 all methods on ImageNet-1k and ImageNet-100, 3 the method's parts, 4 number of experts, 5
-            grouping of the classes, 6 parts of the mixup.
+        number: 1 and 2 the paper's methods on ImageNet-1k and ImageNet-100, 3 the method's parts, 4 number of experts,
+            5 grouping of the classes, 6 parts of the mixup.
 
     Raises:
         UsageError: another number.

@@ -77,12 +77,23 @@ def _add_partition_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", required=True, help="the folder with all data sets")
-    parser.add_argument("--protocol", default="imagenet-1k", help="imagenet-1k, imagenet-100, ... (see README)")
+    parser.add_argument(
+        "--protocol",
+        help="imagenet-1k, imagenet-100, ... (see README; default: imagenet-1k, of --study pilot also imagenet-o)",
+    )
     parser.add_argument(
         "--table", type=int, choices=range(1, 7), help="of the paper (default: that of the protocol, 1 or 2)"
     )
-    parser.add_argument("--study", help="pilot, layers, classes, router, reg_on, scores or k instead of a table")
-    parser.add_argument("--backbones", metavar="SPEC", nargs="+", help="that --study pilot compares")
+    parser.add_argument(
+        "--study", help="pilot, fine_grained, layers, classes, router, reg_on, scores or k instead of a table"
+    )
+    parser.add_argument(
+        "--backbones", metavar="SPEC", nargs="+", help="that --study pilot and --study fine_grained compare"
+    )
+    parser.add_argument(
+        "--fine-classes", metavar="FILE", help="classes of --study fine_grained, one name or WordNet id per line"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="picture of --study fine_grained (needs ood-mofe[plot])")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument("--set", dest="overrides", metavar="NAME=DIR", action="append", default=[], help="other folder")
     parser.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of MoFE (see README)")

@@ -24,7 +24,7 @@ from ood_core.prompts import text_features
 from PIL import Image
 from torch import Tensor
 
-from ood_mofe.functional import atd, ctw, mos
+from ood_mofe.functional import CLIP_LOGIT_SCALE, atd, ctw, mos
 from ood_mofe.model import MoFENetwork, Readout, check_depth, check_ways, image_projection, require_class_token
 from ood_mofe.partition import GROUPINGS, assign_groups, imagenet_words, initial_groups
 from ood_mofe.training import Split, Survey, split_validation, survey, train_network
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 _FEATURES = frozenset({"router", "token"})
 _LOGIT_SCORES = {"msp": functional.msp, "max_logit": functional.max_logit, "energy": functional.energy}
 _HEAD_SCORES = ("others", "mos")
-_TEXT_SCORES = ("atd", "ctw")
+_TEXT_SCORES = {"atd": atd, "ctw": ctw}
+_NEIGHBOURS = 50
 _TRAINING = (
     *("mixup", "dynamic", "accuracy_weight", "reg", "reg_on", "reg_weight", "smoothing"),
     *("epochs", "batch_size", "learning_rate", "head_learning_rate", "weight_decay", "clip", "seed"),
@@ -57,13 +58,14 @@ class MoFE(TrainedDetector):
             head, or of the expert's head where there is none), "others" (1 - probability of "others" in the expert's
             head), "mos" (minimum of "others" over all heads), "atd" or "ctw" (CLIPN's, with `texts`; "atd" without
             them is "others").
-        k: neighbour of "knn"; a smaller bank uses its farthest entry.
+        k: neighbour of "knn"; None: 50, but no more than the classes of the training images have (their median), since
+            farther neighbours are of other classes. A smaller bank uses its farthest entry and says so.
         bank: "expert" compares with the training images of the same expert, "global" with all.
         head: that predicts the class, "expert" or "global"; None: the expert's where one is learned.
         texts: .npz file with CLIPN's text features {yes: [C, d], no: [C, d]} in the order of the classes.
         classifier: "linear", heads are learned; or "text", for CLIP: classes are told apart by their texts as in
             zero-shot classification (the "yes" of `texts`, else the class names in `template`), and of the heads
-            only "others" is learned.
+            only "others" is learned; cosines count with the backbone's own logit scale.
         experts: their number E.
         expert_layers: last blocks that have experts; an image goes through the same expert in each.
         unfreeze_blocks: blocks below them that are trained, too.
@@ -73,7 +75,7 @@ class MoFE(TrainedDetector):
         group_heads: without `moe`: a head with "others" for every group of classes, as MOS has; else a head over all.
         router_norm: "layer_norm" or "none", see `MoFENetwork`.
         router_reads: "class" token or mean of the "patches", see `MoFENetwork`.
-        gate: "none", "prob" or "renorm", see `MoFENetwork`.
+        gate: "none", "literal" (Eq. 7 as it is written), "prob" or "renorm", see `MoFENetwork`.
         top_k: experts per image, see `MoFENetwork`.
         tokens: "cls" or "all", see `MoFENetwork`.
         mixup: train on mixed images, too.
@@ -99,7 +101,8 @@ class MoFE(TrainedDetector):
     Attributes:
         history: per epoch the terms of the loss, the validation accuracy and the norm of the class token.
 
-    Source: Zhao et al., ICCV 2025. The number of experts is the paper's; it does not give the recipe.
+    Source: Zhao et al., ICCV 2025. The number of experts is that of its best row on ImageNet-1k; it does not give the
+    recipe.
 
     Example:
         >>> detector = create_detector("mofe", backbone="tiny", experts=3).fit("train/")  # doctest: +SKIP
@@ -125,7 +128,7 @@ class MoFE(TrainedDetector):
         self,
         *,
         scorer: str = "knn",
-        k: int = 50,
+        k: int | None = None,
         bank: str = "expert",
         head: str | None = None,
         texts: str | Path | None = None,
@@ -178,7 +181,7 @@ class MoFE(TrainedDetector):
         self.experts = _check.integer("experts", experts, 1, 2**31)
         self.expert_layers = _check.integer("expert_layers", expert_layers, 1, 2**31)
         self.unfreeze_blocks = _check.integer("unfreeze_blocks", unfreeze_blocks, 0, 2**31)
-        self.k = _check.integer("k", k, 1, 2**31)
+        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
         self.top_k = _check.integer("top_k", top_k, 1, experts)
         self.epochs = _check.integer("epochs", epochs, 1, 2**31)
         self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
@@ -359,6 +362,7 @@ class MoFE(TrainedDetector):
         self.state = {f"model.{name}": value.detach().cpu().clone() for name, value in network.state_dict().items()}
         if "text" in backbone.capabilities:
             self.state["projection"] = image_projection(backbone, network.experts.width).float().cpu()
+            self.state["logit_scale"] = torch.tensor(backbone.logit_scale)
         self._backbone_record = {}
         self._use(backbone)
         features = extract(self._required_backbone(), split.part(split.rows), _FEATURES, **extraction)
@@ -366,6 +370,7 @@ class MoFE(TrainedDetector):
         order = expert.argsort(stable=True)
         bank = F.normalize(features.extra["token"], dim=1)[order]
         self.state |= {"bank": bank, "bank_expert": expert[order], "bank_row": split.rows[order]}
+        self.state["k"] = torch.bincount(split.labels[split.rows]).median().clamp(max=_NEIGHBOURS)
         if self.texts:
             self.state |= self._read_texts(backbone)
         self._forget_calibration()
@@ -379,12 +384,12 @@ class MoFE(TrainedDetector):
     def _small_banks(self) -> dict[str, int]:
         """Images by the name of each bank in which `k` reaches beyond the last."""
         sizes = self._bank_sizes() if self.fitted and self.scorer == "knn" else {}
-        return {bank: size for bank, size in sizes.items() if size < self.k}
+        return {bank: size for bank, size in sizes.items() if size < self.neighbour}
 
     def _mention_small_banks(self, banks: Mapping[str, int]) -> None:
         for bank, size in banks.items():
             then = f"k={size} is used" if size else "images routed there get the lowest score, -2"
-            log.warning("mofe: the bank of %s holds %d images, fewer than k=%d: %s.", bank, size, self.k, then)
+            log.warning("mofe: the bank of %s holds %d images, fewer than k=%d: %s.", bank, size, self.neighbour, then)
 
     def _bank_sizes(self) -> dict[str, int]:
         """Images by the name of the bank."""
@@ -395,6 +400,11 @@ class MoFE(TrainedDetector):
 
     def _classes_of(self, expert: int) -> list[str]:
         return [name for name, group in zip(self.class_names, self.group.tolist(), strict=True) if group == expert]
+
+    @property
+    def neighbour(self) -> int:
+        """Rank of the neighbour that "knn" reads, in banks that are large enough: `k`, or what was chosen for None."""
+        return self.k or int(self.state.get("k", _NEIGHBOURS))
 
     @property
     def _experts(self) -> int:
@@ -460,8 +470,14 @@ class MoFE(TrainedDetector):
         learned = {
             name.removeprefix("model."): value for name, value in self.state.items() if name.startswith("model.")
         }
-        network.load_state_dict(learned)
+        # Those of detectors that were saved without one.
+        scales = {name: self._logit_scale() for name in network.state_dict() if name.endswith("logit_scale")}
+        network.load_state_dict(scales | learned)
         return network.requires_grad_(False)
+
+    def _logit_scale(self) -> Tensor:
+        """Of the backbone that the detector was fitted with; earlier versions took CLIP's whatever it was."""
+        return self.state.get("logit_scale", torch.tensor(CLIP_LOGIT_SCALE))
 
     def _with_experts(self, base: Backbone) -> Backbone:
         """The backbone with "router" and "token", computed in one pass behind its trunk."""
@@ -506,7 +522,8 @@ class MoFE(TrainedDetector):
             )
         if self.scorer in _TEXT_SCORES and "yes" in self.state:
             projected, yes, no = (self.state[name].to(token) for name in ("projection", "yes", "no"))
-            return {"atd": atd, "ctw": ctw}[self.scorer](F.normalize(token @ projected, dim=1), yes, no)
+            image, scale = F.normalize(token @ projected, dim=1), float(self._logit_scale())
+            return _TEXT_SCORES[self.scorer](image, yes, no, logit_scale=scale)
         heads = self._readout(token).heads
         assert heads is not None
         if self.scorer == "mos" or not self.moe:
@@ -517,14 +534,14 @@ class MoFE(TrainedDetector):
         """Each image against the bank of its expert, or against all."""
         bank, owner = self.state["bank"].to(queries), self.state["bank_expert"].to(queries.device)
         if self.bank == "global":
-            return functional.knn(queries, bank, k=min(self.k, len(bank)))
+            return functional.knn(queries, bank, k=min(self.neighbour, len(bank)))
         scores = queries.new_full((len(queries),), -2.0)  # as far as can be, where the expert has no bank
         for one in expert.unique().tolist():
             mine = expert == one
             start, end = torch.searchsorted(owner, owner.new_tensor([one, one + 1])).tolist()
             entries = bank[start:end]  # sorted by expert: no copy of what may be millions of rows
             if len(entries):
-                scores[mine] = functional.knn(queries[mine], entries, k=min(self.k, len(entries)))
+                scores[mine] = functional.knn(queries[mine], entries, k=min(self.neighbour, len(entries)))
         return scores
 
     def _predict(self, features: FeatureSet) -> Tensor:

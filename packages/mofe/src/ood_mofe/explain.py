@@ -144,7 +144,7 @@ def explain(
     features = extract(backbone, [image], detector.needs, progress=False)
     score = detector.score_features(features)
     bank, rows = _compared_with(detector, features)
-    k = min(detector.k, len(bank))
+    k = min(detector.neighbour, len(bank))
     query = F.normalize(features.extra["token"], dim=1).to(bank)
     nearest = _nearest(query, bank, rows, neighbours)
     reference, distances = _known_distances(detector, bank)
@@ -187,7 +187,7 @@ def _known_distances(detector: MoFE, bank: Tensor) -> tuple[str, Tensor]:
     if len(bank) < 2:
         return "training images, each left out", bank.new_zeros(0)
     # An entry's nearest is itself, so that its k-th other one is the k + 1st.
-    return "training images, each left out", -functional.knn(few, bank, k=min(detector.k + 1, len(bank)))
+    return "training images, each left out", -functional.knn(few, bank, k=min(detector.neighbour + 1, len(bank)))
 
 
 def _ranked(detector: MoFE, logits: Tensor) -> list[Expert]:

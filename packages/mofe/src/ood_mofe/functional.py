@@ -18,6 +18,7 @@ from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.groups import cluster_classes, partition_classes, wordnet_groups
 
 __all__ = [
+    "CLIP_LOGIT_SCALE",
     "atd",
     "beta_concentration",
     "cluster_classes",
@@ -27,13 +28,19 @@ __all__ = [
     "expert_loss",
     "expert_tokens",
     "fold_lambda",
+    "mix_experts",
     "mixup",
+    "mixup_loss",
     "mos",
+    "norm_regulariser",
     "partition_classes",
     "route",
     "routing_loss",
     "wordnet_groups",
 ]
+
+CLIP_LOGIT_SCALE = 100.0
+"""Factor of the cosines in OpenAI's published CLIP models; other backbones say theirs as `logit_scale`."""
 
 
 def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +68,31 @@ def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     logits = x @ weight
     # Of the logits, not of the probabilities, which may round to a tie.
     return logits.argmax(-1), logits.softmax(-1)
+
+
+def mix_experts(results: Tensor, probability: Tensor) -> Tensor:
+    """What the chosen experts make of an image, weighted by the router's probabilities.
+
+    Args:
+        results: [B, K, D], result of each of the K experts that an image goes to.
+        probability: [B, K] in [0, 1], of these experts; their sum is 1 only if all experts are among them.
+
+    Returns:
+        [B, D]: sum_k P_k E_k.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, or a probability out of range.
+
+    Source: Eq. 7.
+
+    Example:
+        >>> mix_experts(torch.tensor([[[4.0, 0.0], [0.0, 8.0]]]), torch.tensor([[0.5, 0.25]]))
+        tensor([[2., 2.]])
+    """
+    results, probability = _check.tensors(results=(results, "B K D"), probability=(probability, "B K"))
+    _within_unit("probability", probability)
+    return _weighted(results, probability)
 
 
 def routing_loss(logits: Tensor, expert: Tensor) -> Tensor:
@@ -131,7 +163,7 @@ def beta_concentration(accuracy: Tensor, *, w: float, floor: float = 0.05) -> Te
         TypeError: `accuracy` not a floating-point tensor, `w` or `floor` no number.
         ValueError: wrong rank, NaN, or a value out of range.
 
-    Source: sigma of Dynamic-beta Mixup, Eq. 11-13; the floor is ours.
+    Source: sigma of Dynamic-beta Mixup (Eq. 11-13); the floor is ours.
 
     Example:
         >>> beta_concentration(torch.tensor([0.0, 0.5, 1.0]), w=0.8)
@@ -159,7 +191,7 @@ def fold_lambda(lam: Tensor) -> Tensor:
         TypeError: not a floating-point tensor.
         ValueError: empty, NaN, or values outside [0, 1].
 
-    Source: the folded lambda of Dynamic-beta Mixup, Eq. 11-13.
+    Source: the folded lambda of Dynamic-beta Mixup (Eq. 11-13; Eq. 12 is the draw).
 
     Example:
         >>> fold_lambda(torch.tensor([0.25, 0.75]))
@@ -186,7 +218,7 @@ def mixup(x: Tensor, y_one_hot: Tensor, lam: Tensor, partner: Tensor) -> tuple[T
         TypeError: `x` or `lam` not floating point, or `partner` not integer.
         ValueError: shapes that do not fit, NaN, values out of range, tensors on different devices.
 
-    Source: the mixed image and target of Dynamic-beta Mixup, Eq. 11-13.
+    Source: the mixed image and target of Dynamic-beta Mixup (Eq. 11-13).
 
     Example:
         >>> lam, partner = torch.tensor([0.75, 1.0]), torch.tensor([1, 0])
@@ -202,6 +234,78 @@ def mixup(x: Tensor, y_one_hot: Tensor, lam: Tensor, partner: Tensor) -> tuple[T
     _within_unit("lam", lam)
     index = _indices("partner", partner, lam, len(lam))
     return _blend(x, lam, index), _blend(y, lam, index)
+
+
+def mixup_loss(
+    logits: Tensor,
+    target: Tensor,
+    features: Tensor | None = None,
+    *,
+    reg: str = "l2",
+    reg_weight: float = 0.1,
+    smoothing: float = 0.1,
+) -> Tensor:
+    """Cross-entropy of mixed images with their mixed targets, and what keeps their features small.
+
+    Args:
+        logits: [B, C] of the mixed images.
+        target: [B, C], as `mixup` gives it: rows that sum to 1.
+        features: [B, D] of the mixed images, for `reg="l2"` only.
+        reg: "l2" adds `norm_regulariser` of the features; "ls" adds what smooths the labels, smoothing times (mean_c
+            of -log p_c minus the cross-entropy); "none" adds nothing.
+        reg_weight: of "l2", at least 0.
+        smoothing: of "ls", in [0, 1).
+
+    Returns:
+        Scalar: -mean_b sum_c y_c log p_c + Reg.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, NaN, targets or an option out of range, no features for "l2".
+
+    Source: Eq. 14. The paper leaves Reg open; both forms of it are our reading.
+
+    Example:
+        >>> mixup_loss(torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]), torch.ones(1, 3)).round(decimals=4)
+        tensor(0.7931)
+    """
+    _check.choice("reg", reg, ("l2", "ls", "none"))
+    if reg == "l2" and features is None:
+        raise ValueError("reg='l2' is of the features: pass features, or reg='ls' or reg='none'.")
+    if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing!r} must be a share in [0, 1).")
+    logits, target, features = _check.tensors(
+        logits=(logits, "B C"), target=(target, "B C"), features=(features if reg == "l2" else None, "B D")
+    )
+    _within_unit("target", target)
+    if ((sums := target.sum(1)) - 1).abs().max() > 1e-3:  # half precision has three digits
+        raise ValueError(f"target must have rows that sum to 1, got sums from {sums.min():.6g} to {sums.max():.6g}.")
+    loss = F.cross_entropy(logits, target, label_smoothing=smoothing if reg == "ls" else 0.0)
+    return loss + norm_regulariser(features, weight=reg_weight) if reg == "l2" else loss
+
+
+def norm_regulariser(features: Tensor, *, weight: float = 0.1) -> Tensor:
+    """The mean square of features, which keeps their norms from growing.
+
+    Args:
+        features: [B, D], class tokens of mixed images.
+        weight: eta, at least 0.
+
+    Returns:
+        Scalar: weight times the mean over images and dimensions of the squared value.
+
+    Raises:
+        TypeError: not a floating-point tensor, or `weight` no number.
+        ValueError: wrong rank, empty, NaN, or a weight out of range.
+
+    Source: Reg of Eq. 14, in our reading.
+
+    Example:
+        >>> norm_regulariser(torch.tensor([[1.0, 3.0]]), weight=0.1)
+        tensor(0.5000)
+    """
+    (features,) = _check.tensors(features=(features, "B D"))
+    return (weight if weight == 0 else _check.positive("weight", weight)) * features.square().mean()
 
 
 def draw_partners(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -263,14 +367,14 @@ def mos(group_logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([-logits.softmax(-1)[:, -1] for logits in groups]).amax(0)
 
 
-def ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+def ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = CLIP_LOGIT_SCALE) -> Tensor:
     """Competing-to-win: how much rather "yes" than "no" the most likely class is.
 
     Args:
         image: [N, d] unit norm.
         yes: texts "a photo of a {}" [C, d] unit norm.
         no: texts of the "no" encoder [C, d] unit norm.
-        logit_scale: factor of the cosines, above 0.
+        logit_scale: factor of the cosines, above 0: the backbone's; 100 is that of CLIP's published models.
 
     Returns:
         [N] in [0, 1], higher = more in-distribution.
@@ -289,14 +393,14 @@ def ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -
     return says_yes.gather(1, logits.argmax(1, keepdim=True))[:, 0]
 
 
-def atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+def atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = CLIP_LOGIT_SCALE) -> Tensor:
     """Agreeing-to-differ: the share of the class probabilities that "yes" keeps against "no".
 
     Args:
         image: [N, d] unit norm.
         yes: texts "a photo of a {}" [C, d] unit norm.
         no: texts of the "no" encoder [C, d] unit norm.
-        logit_scale: factor of the cosines, above 0.
+        logit_scale: factor of the cosines, above 0: the backbone's; 100 is that of CLIP's published models.
 
     Returns:
         [N] in [0, 1], higher = more in-distribution: sum_c sigmoid(l_yes - l_no) softmax(l_yes).
@@ -320,6 +424,11 @@ def _yes_and_no(image: Tensor, yes: Tensor, no: Tensor, logit_scale: float) -> t
     scale = _check.positive("logit_scale", logit_scale)
     logits = scale * image @ yes.T
     return logits, (logits - scale * image @ no.T).sigmoid()
+
+
+def _weighted(results: Tensor, weight: Tensor) -> Tensor:
+    """[B, D] of [B, K, D] and [B, K]."""
+    return (weight[..., None] * results).sum(1)
 
 
 def _blend(x: Tensor, lam: Tensor, index: Tensor) -> Tensor:

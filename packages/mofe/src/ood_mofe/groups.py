@@ -9,7 +9,7 @@ import torch
 from ood_core import _check
 from torch import Tensor
 
-__all__ = ["cluster_classes", "partition_classes", "wordnet_groups"]
+__all__ = ["cluster_classes", "partition_classes", "smallest_family", "wordnet_groups"]
 
 _MOST_ROUNDS = 100
 
@@ -112,15 +112,7 @@ def wordnet_groups(edges: Iterable[tuple[str, str]], classes: Sequence[str], n: 
         >>> wordnet_groups(edges, ["dog", "car", "cat"], 2)
         tensor([1, 0, 1])
     """
-    classes = list(classes)
-    edges = [(str(parent), str(child)) for parent, child in edges]
-    known = {node for edge in edges for node in edge}
-    if not classes or len(set(classes)) != len(classes):
-        raise ValueError(
-            f"classes must be different ids, at least one; got {len(classes)}, {len(set(classes))} different."
-        )
-    if unknown := [one for one in classes if one not in known]:
-        raise ValueError(f"{len(unknown)} classes are not in the graph, first {unknown[0]!r}: give edges for them.")
+    edges, classes = _graph(edges, classes)
     _check.integer("n", n, 1, len(classes), "the number of classes")
     depth = _depths(edges)
     below = _classes_below(_single_parents(edges, depth), classes)
@@ -132,6 +124,34 @@ def wordnet_groups(edges: Iterable[tuple[str, str]], classes: Sequence[str], n: 
         groups += [part, largest - part]
     ordered = sorted(groups, key=min)
     return torch.tensor([next(i for i, group in enumerate(ordered) if one in group) for one in classes])
+
+
+def smallest_family(edges: Iterable[tuple[str, str]], classes: Sequence[str], size: int) -> list[str]:
+    """The classes closest in meaning: those below the node that has the fewest of them, but at least `size`.
+
+    Args:
+        edges: (parent, child) pairs.
+        classes: different ids of the graph.
+        size: number of classes asked for; more than there are give all.
+
+    Returns:
+        Their ids, sorted; of nodes with as many the deepest counts, of these the smallest id.
+
+    Raises:
+        ValueError: as `wordnet_groups`.
+
+    Example:
+        >>> edges = [("animal", "dog"), ("animal", "cat"), ("thing", "car"), ("root", "animal"), ("root", "thing")]
+        >>> smallest_family(edges, ["dog", "car", "cat"], 2)
+        ['cat', 'dog']
+    """
+    edges, known = _graph(edges, classes)
+    depth = _depths(edges)
+    below = _classes_below(_single_parents(edges, depth), known)
+    enough = [node for node, found in below.items() if len(found) >= size]
+    if not enough:
+        return sorted(known)
+    return sorted(below[min(enough, key=lambda node: (len(below[node]), -depth[node], node))])
 
 
 # ---- K-Means
@@ -165,6 +185,20 @@ def _renumbered(group: Tensor) -> Tensor:
 
 
 # ---- the is-a graph
+
+
+def _graph(edges: Iterable[tuple[str, str]], classes: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Both as lists, checked."""
+    classes = list(classes)
+    edges = [(str(parent), str(child)) for parent, child in edges]
+    known = {node for edge in edges for node in edge}
+    if not classes or len(set(classes)) != len(classes):
+        raise ValueError(
+            f"classes must be different ids, at least one; got {len(classes)}, {len(set(classes))} different."
+        )
+    if unknown := [one for one in classes if one not in known]:
+        raise ValueError(f"{len(unknown)} classes are not in the graph, first {unknown[0]!r}: give edges for them.")
+    return edges, classes
 
 
 def _depths(edges: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.experts import StackedExperts
+from ood_mofe.functional import CLIP_LOGIT_SCALE, _weighted
 
 __all__ = ["GroupHeads", "MoFENetwork", "Readout", "TextGroupHeads", "TextHead", "require_class_token"]
 
-_LOGIT_SCALE = 100.0  # CLIP's
 _WAYS = {
     "router_norm": ("layer_norm", "none"),
     "router_reads": ("class", "patches"),
-    "gate": ("none", "prob", "renorm"),
+    "gate": ("none", "literal", "prob", "renorm"),
     "tokens": ("cls", "all"),
 }
 
@@ -147,23 +147,26 @@ class TextHead(nn.Module):
     Args:
         weight: text features [C, d], unit norm.
         projection: [D, d], from class tokens behind the final norm to the space of the texts.
+        logit_scale: factor of the cosines, above 0: the backbone's; CLIP's published models have 100.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a scale not above 0.
     """
 
     weight: Tensor
     projection: Tensor
+    logit_scale: Tensor
 
-    def __init__(self, weight: Tensor, projection: Tensor) -> None:
+    def __init__(self, weight: Tensor, projection: Tensor, logit_scale: Tensor | float = CLIP_LOGIT_SCALE) -> None:
         super().__init__()
         weight, projection = _check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
         self.register_buffer("weight", weight.clone())
         self.register_buffer("projection", projection.clone())
+        self.register_buffer("logit_scale", _scale(logit_scale, weight))
 
     def forward(self, token: Tensor) -> Tensor:
-        """Logits [N, C], 100 times the cosines."""
-        return _cosine_logits(token, self.projection, self.weight)
+        """Logits [N, C], `logit_scale` times the cosines."""
+        return _cosine_logits(token, self.projection, self.weight, self.logit_scale)
 
 
 class TextGroupHeads(_Heads):
@@ -174,31 +177,45 @@ class TextGroupHeads(_Heads):
         weight: text features [C, d], unit norm.
         projection: [D, d].
         others_weight: [G, d]; None starts with minus the mean of each group's texts.
+        logit_scale: as of `TextHead`.
 
     Raises:
-        ValueError: shapes that do not fit, or an empty group.
+        ValueError: shapes that do not fit, an empty group, or a scale not above 0.
 
     Source: Eq. 9 for CLIP. That the classes' texts stay as they are is our reading.
     """
 
     weight: Tensor
     projection: Tensor
+    logit_scale: Tensor
 
-    def __init__(self, group: Tensor, weight: Tensor, projection: Tensor, others_weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        group: Tensor,
+        weight: Tensor,
+        projection: Tensor,
+        others_weight: Tensor | None = None,
+        logit_scale: Tensor | float = CLIP_LOGIT_SCALE,
+    ) -> None:
         weight, projection = _check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
         if others_weight is None:
             others_weight = torch.stack([-weight[group == g].mean(0) for g in range(int(group.max()) + 1)])
         super().__init__(group, len(weight) + len(others_weight))
         self.register_buffer("weight", weight.clone())
         self.register_buffer("projection", projection.clone())
+        self.register_buffer("logit_scale", _scale(logit_scale, weight))
         self.others_weight = nn.Parameter(others_weight.detach().clone())
 
     def _every(self, token: Tensor) -> Tensor:
-        return _cosine_logits(token, self.projection, torch.cat([self.weight, self.others_weight]))
+        return _cosine_logits(token, self.projection, torch.cat([self.weight, self.others_weight]), self.logit_scale)
 
 
-def _cosine_logits(token: Tensor, projection: Tensor, rows: Tensor) -> Tensor:
-    return _LOGIT_SCALE * F.normalize(token @ projection, dim=-1) @ rows.T
+def _cosine_logits(token: Tensor, projection: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    return scale * F.normalize(token @ projection, dim=-1) @ rows.T
+
+
+def _scale(value: Tensor | float, like: Tensor) -> Tensor:
+    return like.new_tensor(_check.positive("logit_scale", float(value)))
 
 
 class Readout(nn.Module):
@@ -259,9 +276,11 @@ class MoFENetwork(nn.Module):
         router_norm: "layer_norm" (without parameters) or "none", of the router's input.
         router_reads: "class", the class token, or "patches", the mean of the patch tokens.
         patches: how many of the last tokens these are.
-        gate: "none" takes the experts' result as it is; "prob" weights what they add to the class token by the
-            router's probability; "renorm" by that probability divided by the sum over the `top_k`. An expert of
-            several layers counts as a whole.
+        gate: "none" takes the expert's result as it is; "literal" weights the experts' whole results by the router's
+            probabilities, as Eq. 7 is written; "prob" so weights only what they add to the class token; "renorm" does
+            with the probabilities divided by their sum over the `top_k`. An expert of several layers counts as a whole.
+            With one expert "literal" differs from "none" in the length of the class token only, which the final norm
+            takes away again; the experts then start at the backbone's features in both.
         top_k: experts per image; more than one needs a gate. Heads and banks are those of the first.
         tokens: "cls" computes the class token alone in the last layer, "all" the whole block; they agree.
         seed: of router and heads.
@@ -274,7 +293,8 @@ class MoFENetwork(nn.Module):
         UsageError: options that do not go together.
         ValueError: an option out of range.
 
-    Source: Eq. 3-7. That an expert replaces the whole last block, and the shared norm, are our reading.
+    Source: Eq. 3-7. That an expert replaces the whole last block, and the shared norm, are our reading; so is the
+    default `gate="none"`, which is not Eq. 7: that is "literal".
     """
 
     def __init__(
@@ -318,7 +338,8 @@ class MoFENetwork(nn.Module):
             heads: _Heads | None = GroupHeads(group, rows[0], rows[0].new_zeros(len(rows[0]))) if group_heads else None
             self.readout = Readout(heads, GlobalHead(rows[1], rows[1].new_zeros(len(rows[1]))) if global_head else None)
         else:
-            heads = TextGroupHeads(group, text_head.weight, text_head.projection) if group_heads else None
+            given = {"projection": text_head.projection, "logit_scale": text_head.logit_scale}
+            heads = TextGroupHeads(group, text_head.weight, **given) if group_heads else None
             self.readout = Readout(heads, text_head)
 
     @classmethod
@@ -353,7 +374,8 @@ class MoFENetwork(nn.Module):
         below = [StackedExperts.from_block(block, 1) for block in trained[:unfreeze_blocks]]
         *lower, last = [StackedExperts.from_block(block, experts) for block in trained[unfreeze_blocks:]]
         if texts is not None:
-            options["text_head"] = TextHead(texts.to(last.norm1_weight), image_projection(backbone, last.width))
+            projection = image_projection(backbone, last.width)
+            options["text_head"] = TextHead(texts.to(last.norm1_weight), projection, backbone.logit_scale)
         options["patches"] = math.prod(backbone.grid or ())
         norm = _copied_norm(backbone, last.norm1_weight)
         return cls(last, norm, group, lower=lower, unfrozen=below, **options)
@@ -404,9 +426,12 @@ class MoFENetwork(nn.Module):
         weight = probability.gather(1, ranked)
         if self.gate == "renorm":
             weight = weight / weight.sum(1, keepdim=True)
+        # `mix_experts` without its checks: of weights that have diverged the training loop says what can be done.
+        results = torch.stack([self._behind(tokens, chosen) for chosen in ranked.T], 1)
+        if self.gate == "literal":
+            return _weighted(results, weight)
         start = tokens[:, 0].to(weight.dtype)
-        added = [self._behind(tokens, chosen) - start for chosen in ranked.T]
-        return start + (weight.T[..., None] * torch.stack(added)).sum(0)
+        return start + _weighted(results - start[:, None], weight)
 
     def _behind(self, tokens: Tensor, expert: Tensor) -> Tensor:
         for layer in self.lower:
@@ -441,7 +466,7 @@ def check_ways(*, top_k: int, gate: str, **chosen: str) -> None:
     for name, value in {"gate": gate, **chosen}.items():
         _check.choice(name, value, _WAYS[name])
     if top_k > 1 and gate == "none":
-        raise UsageError(f"top_k={top_k} experts need weights: pass gate='renorm' or gate='prob'.")
+        raise UsageError(f"top_k={top_k} experts need weights: pass gate='renorm', gate='prob' or gate='literal'.")
 
 
 def check_depth(backbone: Backbone, expert_layers: int, unfreeze_blocks: int) -> None:

@@ -1,16 +1,17 @@
-"""Pictures in two dimensions: classes coloured by group, and features of known and unknown images."""
+"""Pictures: classes coloured by group, features of known and unknown images, figures class by class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ood_core._panels import COLORS, OTHER
 from ood_core._plots import new_figure, save_figure
 from torch import Tensor
 
-__all__ = ["draw", "draw_features", "principal_plane"]
+__all__ = ["draw", "draw_classes", "draw_features", "principal_plane"]
 
 _MARKERS = "os^Dv*"
 _MOST_NAMED = 60
@@ -96,4 +97,31 @@ def draw_features(features: Mapping[str, Mapping[str, Tensor]], path: str | Path
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, markerscale=3)
+    save_figure(figure, path)
+
+
+def draw_classes(figures: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """Draw columns of FPR95 and AUROC, side by side for each class.
+
+    Args:
+        figures: title of a column -> one mapping per class with "name", "fpr95" and "auroc" as fractions; all have the
+            same classes.
+        path: file to write, .png, .pdf or .svg.
+
+    Raises:
+        UsageError: matplotlib is not installed, or another kind of file.
+    """
+    names = [one["name"] for one in next(iter(figures.values()))]
+    figure = new_figure(path, "ood-mofe", figsize=(1.6 + 0.75 * len(names), 6.4))
+    axes = figure.subplots(2, 1, sharex=True)
+    width = 0.8 / len(figures)
+    for axis, measure, label in zip(axes, ("fpr95", "auroc"), ("FPR95", "AUROC"), strict=True):
+        for number, (title, classes) in enumerate(figures.items()):
+            places = [place + (number - (len(figures) - 1) / 2) * width for place in range(len(names))]
+            heights = [100 * one[measure] for one in classes]
+            axis.bar(places, heights, width, label=title, color=COLORS[number % len(COLORS)])
+        axis.set_ylabel(f"{label}, percent")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8, parse_math=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ood_core._plots import new_figure
 from ood_core.cli.common import (
     extraction_options,
     load_backbone,
@@ -18,21 +19,30 @@ from ood_core.cli.common import (
 )
 from ood_core.cli.methods import show_found
 from ood_core.errors import UsageError, unknown_name
-from ood_core.protocols import find_protocol, inspect_protocol
-from ood_core.runs import percent
+from ood_core.protocols import find_protocol, inspect_protocol, summarise_protocol
+from ood_core.runs import percent, study_options
 
 from ood_mofe._published import published_table
+from ood_mofe.plot import draw_classes
 from ood_mofe.runner import KS, Bench, Setting, summarise
-from ood_mofe.studies import class_figures, extremes, pilot
+from ood_mofe.studies import class_figures, every_class, extremes, fine_grained, fine_labels, pilot
 
 __all__ = ["STUDIES", "TABLES", "reproduce"]
+
+
+_ELSEWHERE = {
+    "seed": "give --seeds",
+    "scorer": "every score is computed, and --study scores shows them",
+    "bank": "both banks are judged, and --study scores shows them",
+}
 
 
 def _mofe(**options: Any) -> Setting:
     return Setting("mofe", "knn", options)
 
 
-_NAIVE = {"moe": False, "mixup": False}
+# Heads that are learned, with CLIP, too: its experts' are the classes' texts otherwise.
+_NAIVE = {"moe": False, "mixup": False, "classifier": "linear"}
 _BASELINE = {"baseline": Setting("knn", "knn")}
 
 _METHODS = {
@@ -72,6 +82,7 @@ TABLES: dict[int, dict[str, Setting]] = {
 
 STUDIES: dict[str, dict[str, Setting]] = {
     "pilot": {name: _METHODS[name] for name in ("KNN", "MSP", "MaxLogit", "Energy")},
+    "fine_grained": {"KNN": _METHODS["KNN"]},
     "layers": {
         "last block": _mofe(),
         "last 2 blocks": _mofe(expert_layers=2),
@@ -96,11 +107,15 @@ STUDIES: dict[str, dict[str, Setting]] = {
     },
     "k": {f"k={k}": Setting("mofe", f"k={k}") for k in KS},
 }
-"""Rows by study; of "pilot" those among which every backbone has its best."""
+"""Rows by study; of "pilot" and "fine_grained" those of every backbone."""
 
+_OF_BACKBONES = ("pilot", "fine_grained")
+_PROTOCOLS = {"pilot": ["imagenet-1k", "imagenet-o"]}
 _CAVEATS = {
     "k": "These are test figures: a k chosen by them is chosen on the OOD sets that it is judged on.",
-    "pilot": "Each backbone's score is that of the highest AUROC: it is chosen on the OOD sets that it is judged on.",
+    "pilot": "The paper judges backbones by KNN; the other scores are shown besides.",
+    "fine_grained": "The text that this follows does not name the 11 classes of the paper's Fig. 3: without "
+    "--fine-classes they are those of the smallest family of WordNet that has as many.",
 }
 
 
@@ -108,26 +123,25 @@ def reproduce(args: argparse.Namespace) -> None:
     """Run a table or a study of the paper."""
     _check_study(args)
     overrides = dict(pair.partition("=")[::2] for pair in args.overrides)
+    places = _by_protocol([args.protocol] if args.protocol else _PROTOCOLS.get(args.study, ["imagenet-1k"]), overrides)
     if args.dry_run:
-        show_found(args, inspect_protocol(args.protocol, args.root, overrides))
+        rows = [row for name, own in places.items() for row in inspect_protocol(name, args.root, own)]
+        show_found(args, list({row.name: row for row in rows}.values()))
         return
-    benches = _benches(args, overrides)
+    benches = _benches(args, places)
     bench = benches[0]
-    message(bench.protocol.describe())
-    number = None if args.study else args.table or (2 if args.protocol == "imagenet-100" else 1)
+    for protocol in {one.protocol.name: one.protocol for one in benches}.values():
+        message(protocol.describe())
+    number = None if args.study else args.table or (2 if bench.protocol.name == "imagenet-100" else 1)
     settings = STUDIES[args.study] if number is None else _settings(number, bench)
     for one in benches:
         for setting in settings.values():
             one.check(setting)
-    results = pilot(benches, settings) if args.study == "pilot" else _results(bench, settings)
+    said = _said(args, bench, settings, number)
+    results = _of_study(args, benches, settings) if args.study else _results(bench, settings)
     if number == 4:
         _add_gains(results)
-    if args.study == "classes":
-        for name, setting in settings.items():
-            results[name]["classes"] = class_figures(bench, setting)
-    if args.study in _CAVEATS:
-        message(_CAVEATS[args.study])
-    _show(args, bench, results, number)
+    _show(args, benches, results, number, said)
 
 
 def _check_study(args: argparse.Namespace) -> None:
@@ -135,31 +149,101 @@ def _check_study(args: argparse.Namespace) -> None:
         raise unknown_name("study", args.study, STUDIES)
     if args.study and args.table:
         raise UsageError(f"Give --table {args.table} or --study {args.study}, not both.")
-    if bool(args.backbones) != (args.study == "pilot"):
-        raise UsageError("--study pilot compares the backbones of --backbones SPEC [SPEC ...]: give both or neither.")
+    if bool(args.backbones) != (args.study in _OF_BACKBONES):
+        raise UsageError(
+            f"--study {' and --study '.join(_OF_BACKBONES)} compare the backbones of --backbones SPEC [SPEC ...]: give "
+            "both or neither."
+        )
+    if (args.fine_classes or args.plot) and args.study != "fine_grained":
+        raise UsageError("--fine-classes and --plot belong to --study fine_grained.")
+    if args.plot:
+        new_figure(args.plot, "ood-mofe")  # to refuse what cannot be drawn at once
+    for option, instead in _ELSEWHERE.items():
+        if option in dict(map(parse_param, args.param)):
+            raise UsageError(f"--param {option}= changes no row of a table: {instead}.")
 
 
-def _show(args: argparse.Namespace, bench: Bench, results: Mapping[str, Any], number: int | None) -> None:
+def _by_protocol(names: Sequence[str], overrides: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Each protocol's own overrides, and those that none has, which are refused where they are looked up."""
+    if len(names) == 1:
+        return {names[0]: dict(overrides)}
+    splits = {"train", "calibration", "test", "class_list"}
+    known = {name: splits | set(summarise_protocol(name)["sets"]) for name in names}
+    strange = set(overrides) - set.union(*known.values())
+    return {name: {key: overrides[key] for key in overrides if key in own | strange} for name, own in known.items()}
+
+
+def _of_study(
+    args: argparse.Namespace, benches: Sequence[Bench], settings: Mapping[str, Setting]
+) -> dict[str, dict[str, Any]]:
+    bench = benches[0]
+    if args.study == "pilot":
+        return pilot(benches, settings)
+    if args.study == "fine_grained":
+        labels = fine_labels(bench.protocol, args.fine_classes)
+        results = fine_grained(benches, settings["KNN"], labels)
+        if args.plot:
+            draw_classes({name: row["classes"] for name, row in results.items()}, args.plot)
+            message(f"Picture: {args.plot}")
+        return results
+    results = _results(bench, settings)
+    if args.study == "classes":
+        for name, setting in settings.items():
+            results[name]["classes"] = class_figures(bench, setting)
+    return results
+
+
+def _said(args: argparse.Namespace, bench: Bench, settings: Mapping[str, Setting], number: int | None) -> list[str]:
+    """What a reader of the figures has to know.
+
+    Raises:
+        UsageError: an option given with --param that all rows set themselves.
+    """
+    said = [] if number is None else _notes(bench, published_table(number))
+    said.append(f"FPR95 of all rows is by the rule {bench.convention!r}; the paper does not state its own.")
+    said += [_CAVEATS[args.study]] if args.study in _CAVEATS else []
+    rows = {name: setting.options for name, setting in settings.items() if setting.detector == "mofe"}
+    if args.study == "k":
+        rows = {name: {"k": int(name.removeprefix("k="))} for name in rows}
+    if rows:
+        study_options(rows, bench.params, said.append)
+        return said + bench.notes
+    return said + ["--param is of MoFE, which none of these rows trains."] * bool(bench.params)
+
+
+def _show(
+    args: argparse.Namespace,
+    benches: Sequence[Bench],
+    results: Mapping[str, Any],
+    number: int | None,
+    said: Sequence[str],
+) -> None:
     """Print the results, beside what was published."""
-    published = None if number is None else published_table(number)
-    rows = [] if published is None else _of_backbone(published, bench)
+    bench, protocols = benches[0], {one.protocol.name: one.protocol for one in benches}
+    rows = [] if number is None else _of_backbone(published_table(number), bench)
     if args.json:
-        known = {"protocol": args.protocol, "backbone": args.backbones or bench.backbone.spec}
-        known |= {"table": number, "study": args.study}
-        notes = bench.protocol.notes + _notes(bench, published)
+        names = list(protocols)
+        known = {"protocol": names if len(names) > 1 else names[0], "backbone": args.backbones or bench.backbone.spec}
+        known |= {"table": number, "study": args.study, "convention": bench.convention}
+        notes = [note for protocol in protocols.values() for note in protocol.notes] + list(said)
         print_json(known | {"results": results, "published": rows, "notes": notes})
         return
-    for note in _notes(bench, published):
+    for note in said:
         message(f"Note: {note}")
-    _print(results, rows, list(bench.protocol.ood), norms=args.study == "reg_on")
+    head = f"FPR95 ({bench.convention}) / AUROC"
+    for name, protocol in protocols.items():
+        own = {label: row for label, row in results.items() if row.get("protocol", name) == name}
+        _print(own, rows, list(protocol.ood), head, norms=args.study == "reg_on")
     if args.study == "classes":
-        print_table(*extremes(results))
+        print_table(*extremes(results, head))
+    if args.study == "fine_grained":
+        print_table(*every_class(results, head))
     message(f"Every run: {args.out}")
 
 
-def _benches(args: argparse.Namespace, overrides: Mapping[str, str]) -> list[Bench]:
-    """One, or one per backbone of the pilot study."""
-    protocol = find_protocol(args.protocol, args.root, overrides=overrides)
+def _benches(args: argparse.Namespace, places: Mapping[str, Mapping[str, str]]) -> list[Bench]:
+    """One, or for the studies of backbones one per protocol and backbone."""
+    protocols = [find_protocol(name, args.root, overrides=own) for name, own in places.items()]
     backbones = [load_backbone(args, spec) for spec in args.backbones or [args.backbone]]
     return [
         Bench(
@@ -173,6 +257,7 @@ def _benches(args: argparse.Namespace, overrides: Mapping[str, str]) -> list[Ben
             keep=args.keep,
             say=message,
         )
+        for protocol in protocols
         for backbone in backbones
     ]
 
@@ -221,7 +306,7 @@ def _notes(bench: Bench, published: Mapping[str, Any] | None) -> list[str]:
 
 
 def _print(
-    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sets: list[str], *, norms: bool = False
+    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sets: list[str], head: str, *, norms: bool = False
 ) -> None:
     """Ours, each followed by the published rows of its name, then other methods."""
     lines = []
@@ -229,7 +314,7 @@ def _print(
         lines.append([name, *_ours(row, sets), _norm(row) if norms else ""])
         lines += [_theirs(other, sets) for other in rows if other["method"] == name]
     lines += [_theirs(other, sets) for other in rows if other["method"] not in results]
-    header = ["FPR95 / AUROC", *sets, "average", "accuracy", "gain", "token norm"]
+    header = [head, *sets, "average", "accuracy", "gain", "token norm"]
     # A column that says nothing in this table is left out.
     keep = [place for place in range(len(header)) if any(line[place] for line in lines)]
     print_table([header[place] for place in keep], [[line[place] for place in keep] for line in lines])

@@ -23,7 +23,7 @@ from ood_core.detectors.linear_probe import LinearProbe
 from ood_core.errors import MissingDataError
 from ood_core.evaluation import evaluate, fit_detectors
 from ood_core.protocols import Protocol
-from ood_core.runs import Run, kept_runs, spread
+from ood_core.runs import Run, UsedImages, kept_runs, recipe, spread
 from ood_core.scores import ScoreTable
 
 from ood_mofe.detectors import MoFE
@@ -33,6 +33,15 @@ __all__ = ["KS", "Bench", "Setting", "check_groups", "summarise", "variants"]
 
 KS = (10, 50, 100, 200, 500, 1000)
 """Neighbours that every trained MoFE is judged with, as the scores "k=10", ..., as far as its banks reach."""
+
+_CODE = (
+    "ood_mofe.runner",
+    *(f"ood_mofe.{name}" for name in ("detectors", "dispatch", "experts", "functional", "groups", "model")),
+    *("ood_mofe.partition", "ood_mofe.training"),
+)
+"""What the figures are computed by; those of other methods by the first alone, and the core."""
+
+_FEW = 3  # experts for the hundred classes of ImageNet-100
 
 
 def variants(detector: MoFE) -> dict[str, MoFE]:
@@ -139,17 +148,29 @@ class Bench:
     def _run(self, setting: Setting, seed: int | None) -> list[Run]:
         file = self._file(setting, seed)
         detector = self._made(setting, seed)
-        options = detector.get_params()
-        recipe = {**self._given, "detector": detector.name, "options": options, "files": _digests(options)}
-        return kept_runs(file, recipe, partial(self._judge, detector, seed, file))
+        return kept_runs(file, self._recipe(detector), partial(self._judge, detector, seed, file))
 
     # ---- what is made
 
     @cached_property
     def _preset(self) -> dict[str, Any]:
-        """The paper's where it says so: groups from WordNet and features; fewer experts for a hundred classes."""
+        """The paper's where it says so: groups from WordNet and features, and CLIP's classes told apart by texts.
+
+        Fewer experts for a hundred classes are ours, see `notes`.
+        """
         grouping = {"grouping": "both"} if self.protocol.wnids and "groups" not in self.params else {}
-        return grouping | ({"experts": 3} if self.protocol.name == "imagenet-100" else {})
+        texts = {"classifier": "text"} if "text" in self.backbone.capabilities else {}
+        return grouping | texts | ({"experts": _FEW} if self.protocol.name == "imagenet-100" else {})
+
+    @property
+    def notes(self) -> list[str]:
+        """What is chosen where the paper says nothing."""
+        if "experts" in self.params or "experts" not in self._preset:
+            return []
+        return [
+            f"{self.protocol.title} is divided among {_FEW} experts, which is ours: the paper gives no number for it, "
+            f"and {MoFE().experts} is its best on ImageNet-1k; --param experts=N takes another."
+        ]
 
     @cached_property
     def _common(self) -> dict[str, Any]:
@@ -173,16 +194,25 @@ class Bench:
         return self.out / self.protocol.name / backbone / ",".join([setting.detector, *other])
 
     @cached_property
-    def _given(self) -> dict[str, Any]:
-        """What figures rest on besides the detector."""
+    def _images(self) -> dict[str, UsedImages]:
+        """All sets, whose bytes are read once for all recipes."""
         sets = {"train": self.protocol.train, "test": self.protocol.test, **self.protocol.ood}
-        return {
-            "backbone": self.backbone.fingerprint,
-            "dtype": str(self.backbone.dtype),
-            "images": {name: source.fingerprint for name, source in sets.items() if source is not None},
-            "class_names": self.protocol.class_names,
-            "convention": self.convention,
-        }
+        return {name: UsedImages(source) for name, source in sets.items() if source is not None}
+
+    def _recipe(self, detector: Detector) -> dict[str, Any]:
+        """Everything that the figures of a detector rest on."""
+        options = detector.get_params()
+        return recipe(
+            self.backbone,
+            self._images,
+            detector.class_names or self.protocol.class_names,
+            code=_CODE if isinstance(detector, MoFE) else _CODE[:1],
+            template=detector.template or detector.default_template,
+            convention=self.convention,
+            options=options,
+            detector=detector.name,
+            files=_digests(options),
+        )
 
     # ---- figures
 

@@ -27,6 +27,8 @@ from ood_mofe.functional import (
     expert_loss,
     fold_lambda,
     mixup,
+    mixup_loss,
+    norm_regulariser,
     routing_loss,
 )
 from ood_mofe.model import MoFENetwork
@@ -276,7 +278,7 @@ def draw_negatives(expert: Tensor, generator: torch.Generator | None = None) -> 
 def draw_lambda(concentration: Tensor, generator: np.random.Generator) -> Tensor:
     """lambda ~ Beta(sigma, sigma) for each sigma [B], float32 in [0, 1].
 
-    Source: Eq. 11.
+    Source: Eq. 12.
     """
     sigma = concentration.double().numpy()
     # NumPy's draws go by logarithms; a quotient of gamma draws would be 0 / 0 for a small sigma.
@@ -309,7 +311,7 @@ class Objective:
         mixup: add the loss on mixed images, too.
         dynamic: mix the less, the more accurate a class is, and let the larger share be the image's own; off, every
             share is equally likely.
-        accuracy_weight: w of Eq. 11.
+        accuracy_weight: w of `beta_concentration`.
         reg: "l2", "ls" (label smoothing) or "none", in the mixed loss.
         reg_on: class token that "l2" keeps small, "pre_norm" or "post_norm".
         reg_weight: factor of its mean square.
@@ -429,20 +431,20 @@ class Objective:
         expert = torch.zeros_like(group) if self.shared else group
         behind = self.network.class_token(tokens, expert.to(tokens.device), self.network.router_logits(tokens))
         token = self.network.norm(behind)
-        smoothing = self.smoothing if self.reg == "ls" else 0.0
-        target = target.to(token)
-        found = {"mixup": F.cross_entropy(self._global(token), target, label_smoothing=smoothing)}
+        smoothed = partial(mixup_loss, reg="ls" if self.reg == "ls" else "none", smoothing=self.smoothing)
+        found = {"mixup": _unless_nan(smoothed, self._global(token), target.to(token))}
         if self.reg == "l2":
-            found["reg"] = self.reg_weight * (behind if self.reg_on == "pre_norm" else token).square().mean()
+            features = behind if self.reg_on == "pre_norm" else token
+            found["reg"] = _unless_nan(partial(norm_regulariser, weight=self.reg_weight), features)
         return found
 
     def _global(self, token: Tensor) -> Tensor:
         return self.network.readout.class_logits(token, token.new_zeros(len(token)).long(), "global")
 
 
-def _unless_nan(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """A loss of NaN where the logits hold some: the training loop says what can be done."""
-    return logits.sum() * math.nan if logits.isnan().any() else loss(logits, target)
+def _unless_nan(loss: Callable[..., Tensor], values: Tensor, *target: Tensor) -> Tensor:
+    """A loss of NaN where the values hold some: the training loop says what can be done."""
+    return values.sum() * math.nan if values.isnan().any() else loss(values, *target)
 
 
 class Validation:
