@@ -79,7 +79,8 @@ def create_shallow_of(create):
         elif name.startswith("fastvit"):
             options |= {"layers": (1,) * (5 if name.endswith(("mci3", "mci4")) else 4)}
         else:
-            options |= {"depth": 1} | ({} if name.startswith("vitamin") else {"embed_dim": 64, "num_heads": 2})
+            narrow = "siglip" in name or "vit_pe" in name
+            options |= {"depth": 1} | ({"embed_dim": 64, "num_heads": 2} if narrow else {})
         return create(name, **options)
 
     return shallow
