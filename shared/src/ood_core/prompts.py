@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ood_core.backbones.base import Backbone
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
 
 __all__ = ["TEMPLATES", "fill", "imagenet_names", "read_class_names", "resolve_templates", "text_features"]
+
+log = logging.getLogger(__name__)
 
 TEMPLATES: dict[str, list[str]] = {
     "photo": ["a photo of a {}"],
@@ -70,7 +73,8 @@ def text_features(backbone: Backbone, class_names: Sequence[str], template: str 
         template: prompt with "{}", several of them, or the name of a set ("photo", "simple", "imagenet").
 
     Raises:
-        UsageError: a backbone without a text tower, or a template without "{}".
+        UsageError: a backbone without a text tower, a template without "{}", or two different names that the text
+            tower cannot tell apart.
         ValueError: no class name, or an empty one.
 
     Example:
@@ -79,15 +83,56 @@ def text_features(backbone: Backbone, class_names: Sequence[str], template: str 
     """
     if empty := [index for index, name in enumerate(class_names) if not str(name).strip()]:
         raise ValueError(f"Class name {empty[0]} of {len(class_names)} is empty.")
-    parts = [backbone.encode_text([fill(one, name) for name in class_names]) for one in resolve_templates(template)]
-    return parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).mean(0), dim=-1)
+    prompts = [[fill(one, name) for name in class_names] for one in resolve_templates(template)]
+    parts = [backbone.encode_text(texts, warn=False) for texts in prompts]
+    features = parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).mean(0), dim=-1)
+    cut = {index for texts in prompts for index in backbone.cut_texts(texts)}
+    _warn_of_cuts(backbone, [class_names[index] for index in sorted(cut)])
+    for one, other in [*_same_tokens(backbone, prompts), *_same_rows(features)]:
+        if class_names[one] != class_names[other]:
+            raise UsageError(
+                f"The text tower of {backbone.spec!r} cannot tell the classes {class_names[one]!r} and "
+                f"{class_names[other]!r} apart: "
+                f"{'what it reads of their prompts' if {one, other} <= cut else 'their prompt'} is the same to it. "
+                "Give names that differ in letters, or a shorter template."
+            )
+    return features
+
+
+def _warn_of_cuts(backbone: Backbone, names: list[str]) -> None:
+    if names:
+        log.warning(
+            "The text tower of %s reads %d tokens; the end of the prompts of class %s%s is cut.",
+            *(backbone.spec, backbone.context_length, ", class ".join(map(repr, names[:5]))),
+            f" and of {len(names) - 5} more" if len(names) > 5 else "",
+        )
+
+
+def _same_tokens(backbone: Backbone, prompts: list[list[str]]) -> list[tuple[int, int]]:
+    """Pairs of classes whose prompts are the same token by token, with every template."""
+    pairs = backbone.same_texts(prompts[0])
+    return [(i, j) for i, j in pairs if all(backbone.same_texts([texts[i], texts[j]]) for texts in prompts[1:])]
+
+
+def _same_rows(features: Tensor) -> list[tuple[int, int]]:
+    first: dict[bytes, int] = {}
+    rows = [row.tobytes() for row in features.cpu().numpy()]
+    return [(first[row], index) for index, row in enumerate(rows) if first.setdefault(row, index) != index]
+
+
+# Of CLIP's list two names occur twice: the other class of each pair, by position, gets the name of its synset.
+_TOLD_APART = {744: "projectile", 836: "sunglass"}
 
 
 def imagenet_names() -> list[str]:
-    """CLIP's 1,000 ImageNet class names in sorted wnid order (two names occur twice)."""
+    """CLIP's 1,000 ImageNet class names in sorted wnid order, all different.
+
+    CLIP's own list calls two classes "missile" and two "sunglasses"; here one is "projectile", one "sunglass", as
+    ImageNet names them.
+    """
     from open_clip import IMAGENET_CLASSNAMES
 
-    return list(IMAGENET_CLASSNAMES)
+    return [_TOLD_APART.get(index, name) for index, name in enumerate(IMAGENET_CLASSNAMES)]
 
 
 def read_class_names(source: str | Path) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError, unknown_name
 
 __all__ = ["FEATURES", "Backbone", "BlockParts", "Decision", "Layer", "hash_tensors", "identity"]
+
+log = logging.getLogger(__name__)
 
 FEATURES = ("image", "local", "logits")
 
@@ -146,8 +149,11 @@ class Backbone(ABC):
         grid: patches (rows, columns) of the local features, or None.
         width: embedding width d.
         logit_scale: factor of cosines in the model's own logits (1.0 without a text tower).
+        logit_bias: what the model adds to them (SigLIP; 0.0 else). The same for every class, so no softmax sees it.
         label_names: class names of a classifier head, if the library knows them.
         decisions: what loading decided and from what; empty for a backbone made in code.
+        context_length: tokens of a text that the text tower reads, marks included; 0 without one.
+        tokenizer: texts to token ids, with a text tower.
 
     Example:
         >>> from ood_core import create_backbone
@@ -161,9 +167,11 @@ class Backbone(ABC):
     grid: tuple[int, int] | None = None
     width: int
     logit_scale: float = 1.0
+    logit_bias: float = 0.0
     label_names: list[str] | None = None
     decisions: tuple[Decision, ...] = ()
     context_length: int = 0
+    tokenizer: Any = None
 
     def __init__(self, model: nn.Module, transform: ImageTransform, *, spec: str) -> None:
         self.spec = spec
@@ -181,7 +189,8 @@ class Backbone(ABC):
     def embed(self, x: Tensor) -> Tensor:
         """Input tokens of the first block, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
 
-        A network without known blocks gives the image embedding. An adapter that overrides `prefix` needs no `embed`.
+        A network without known blocks gives the image embedding, or what its attention pool reads. An adapter that
+        overrides `prefix` needs no `embed`.
         """
         raise self._lacks("blocks")
 
@@ -200,6 +209,15 @@ class Backbone(ABC):
         return False
 
     @property
+    def pools_by_attention(self) -> bool:
+        """Whether the image embedding is an attention pool over what comes out of the last block (SigLIP's head).
+
+        A pool's result is a convex combination of its values, so the path from a patch into the space of the image
+        embedding is the pool's value path: that, and not the last block's, is then `local="value"`.
+        """
+        return False
+
+    @property
     def last_block(self) -> nn.Module:
         """The last transformer block, callable on the tokens of `prefix`; gradients flow."""
         raise self._lacks("blocks")
@@ -215,6 +233,10 @@ class Backbone(ABC):
 
     def _local_embedding(self, tokens: Tensor) -> Tensor:
         """[B, P, d] from tokens behind the last block (or its value path), not normalised."""
+        raise self._lacks("local")
+
+    def _pool_values(self, tokens: Tensor) -> Tensor:
+        """[B, P, d] from the tokens behind the last block: the pool as if it attended to one patch alone."""
         raise self._lacks("local")
 
     def _logits(self, embedding: Tensor) -> Tensor:
@@ -257,7 +279,8 @@ class Backbone(ABC):
         """An independent backbone with the same weights."""
         twin = self._twin(copy.deepcopy(self.model))
         twin._hash, twin._edits, twin.decisions = self._hash, dict(self._edits), self.decisions
-        twin.logit_scale = self.logit_scale  # read before the weights were rounded
+        # Read before the weights were rounded.
+        twin.logit_scale, twin.logit_bias = self.logit_scale, self.logit_bias
         # Features that a method adds are computed from the original's weights: the copy goes without them.
         return twin
 
@@ -319,7 +342,7 @@ class Backbone(ABC):
     def prefix(self, x: Tensor, blocks: int = 1) -> Tensor:
         """Input tokens of the last blocks, [B, T, D] (class and register tokens first; [B, h, w, D] for Swin).
 
-        A network without known blocks gives the image embedding.
+        A network without known blocks gives the image embedding, or what its attention pool reads.
 
         Args:
             x: transformed images [B, 3, H, W] on the backbone's device, in its precision.
@@ -345,7 +368,8 @@ class Backbone(ABC):
         Args:
             x: transformed images [B, 3, H, W] on any device.
             needs: of "image", "local", "logits" and what `with_features` added.
-            local: "value" (value path of the last block) or "tokens" (its plain output tokens).
+            local: "value" (value path of the last block, or of the pool where one attends to the patches) or "tokens"
+                (the last block's plain output tokens).
             normalize: unit-norm image and local features.
 
         Returns:
@@ -366,7 +390,8 @@ class Backbone(ABC):
         if not needs & set(FEATURES):
             return out
         tokens = self.prefix(pixels)
-        full = tokens if needs & set(FEATURES) == {"local"} and local == "value" else self._run_last_block(tokens)
+        block_values = local == "value" and not self.pools_by_attention
+        full = tokens if needs & set(FEATURES) == {"local"} and block_values else self._run_last_block(tokens)
         if "image" in needs or "logits" in needs:
             embedding = self._image_embedding(full)
             if "image" in needs:
@@ -374,8 +399,11 @@ class Backbone(ABC):
             if "logits" in needs:
                 out["logits"] = self._logits(embedding).float()
         if "local" in needs:
-            patches = self.layers()[-1].parts.value_path(tokens) if local == "value" else full
-            out["local"] = _finish(self._local_embedding(patches), normalize)
+            if local == "value" and self.pools_by_attention:
+                patches = self._pool_values(full)
+            else:
+                patches = self._local_embedding(self.layers()[-1].parts.value_path(tokens) if block_values else full)
+            out["local"] = _finish(patches, normalize)
         return out
 
     def encode_image(self, x: Tensor, *, normalize: bool = True) -> Tensor:
@@ -423,15 +451,16 @@ class Backbone(ABC):
     # ---- texts
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> Tensor:
+    def encode_text(self, texts: Sequence[str], *, normalize: bool = True, warn: bool = True) -> Tensor:
         """Text embeddings, float32 [C, d], unit norm unless `normalize=False`.
 
         With a causal mask the pass is cut behind the last end mark, which changes nothing. Texts already encoded
-        by this backbone come from memory.
+        by this backbone come from memory. Texts longer than the tower reads lose their end, which is said.
 
         Args:
             texts: full prompts, at least one.
             normalize: False gives the raw embedding.
+            warn: False for callers that look at `cut_texts` themselves.
         """
         self.require("text")
         texts = _text_list(texts)
@@ -439,9 +468,43 @@ class Backbone(ABC):
         key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         if key not in self._texts:
             chunks = [texts[i : i + self._prompt_chunk] for i in range(0, len(texts), self._prompt_chunk)]
+            if warn:
+                self._warn_of_cuts(texts)
             self._texts = dict(list(self._texts.items())[-7:])
             self._texts[key] = torch.cat([self._encode_text_chunk(chunk) for chunk in chunks])
         return _finish(self._texts[key].clone(), normalize)
+
+    def cut_texts(self, texts: Sequence[str]) -> list[int]:
+        """Indices of the texts that are longer than the text tower reads, so that `encode_text` drops their end.
+
+        Example:
+            >>> from ood_core import create_backbone
+            >>> create_backbone("tiny").cut_texts(["a dog", "a dog " * 20])
+            [1]
+        """
+        # A token stands for a byte at least; cleaning may write one character as up to three.
+        doubtful = [i for i, text in enumerate(texts) if 3 * len(text.encode()) + 3 > self.context_length]
+        if self.tokenizer is None or not self.context_length or not doubtful:
+            return []
+        counts = _token_counts(self.tokenizer, [texts[i] for i in doubtful])
+        return [i for i, count in zip(doubtful, counts, strict=True) if count > self.context_length]
+
+    def same_texts(self, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """Pairs of indices of texts that the text tower cannot tell apart: they have the same tokens."""
+        if self.tokenizer is None:
+            return []
+        first: dict[bytes, int] = {}
+        rows = [row.numpy().tobytes() for row in self._tokenize(list(texts))]
+        return [(first[row], i) for i, row in enumerate(rows) if first.setdefault(row, i) != i]
+
+    def _warn_of_cuts(self, texts: list[str]) -> None:
+        if cut := self.cut_texts(texts):
+            named = ", ".join(repr(texts[index]) for index in cut[:3])
+            more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
+            log.warning(
+                "The text tower of %s reads %d tokens; the end of %s%s is cut.",
+                *(self.spec, self.context_length, named, more),
+            )
 
     def _encode_text_chunk(self, texts: list[str]) -> Tensor:
         embeddings, end = self._embed_texts(texts)
@@ -604,6 +667,17 @@ class Backbone(ABC):
 
 def _finish(features: Tensor, normalize: bool) -> Tensor:
     return F.normalize(features.float(), dim=-1) if normalize else features.float()
+
+
+def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    """Tokens of each text with its marks, before anything is cut."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # open_clip wraps those of transformers
+    if not hasattr(inner, "pad_token_id"):
+        return [len(tokenizer.encode(text)) + 2 for text in texts]
+    clean = getattr(tokenizer, "clean_fn", str)
+    marked = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # open_clip sets three marks of its own
+    ids = inner([clean(text) for text in texts], add_special_tokens=not marked, truncation=False, verbose=False)
+    return [len(row) + 3 * marked for row in ids["input_ids"]]
 
 
 def _text_list(texts: Sequence[str], *, empty: bool = False) -> list[str]:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Self
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from ood_core.backbones.attention_pool import pooled_tower
 from ood_core.backbones.base import Backbone, BlockParts, Layer
 from ood_core.backbones.linear import NamedLinear, fused_qkv
+from ood_core.backbones.open_clip_models import build, image_transform
 from ood_core.backbones.transform import ImageTransform
-from ood_core.errors import MissingDataError, UsageError, unknown_name
+from ood_core.errors import UsageError
 
-__all__ = ["OpenCLIPBackbone", "load_open_clip"]
-
-log = logging.getLogger(__name__)
+__all__ = ["OpenCLIPBackbone", "image_transform", "load_open_clip"]
 
 
 class OpenCLIPBackbone(Backbone):
-    """Any open_clip model: vision transformers with everything, other image towers with image and text only.
+    """Any open_clip model: plain vision transformers with everything, other towers with image and text.
+
+    Towers that pool with attention (CLIP's ResNets, SigLIP, CoCa) have local features through their pool's value path,
+    too; for them `local="tokens"` is the same, as nothing else leads from a patch to the embedding.
 
     Args:
         model: `open_clip.CLIP` or `CustomTextCLIP`.
@@ -41,18 +42,25 @@ class OpenCLIPBackbone(Backbone):
         self.visual: Any = model.visual
         self.text: Any = getattr(model, "text", model)
         self.logit_scale = float(model.logit_scale.exp())
+        if getattr(model, "logit_bias", None) is not None:
+            self.logit_bias = float(model.logit_bias)
         capabilities = {"image", "text"}
+        self._pooled = pooled_tower(self.visual)
         if self._is_plain_transformer():
             capabilities |= {"local", "blocks"}
             self.grid = tuple(self.visual.grid_size)
             self.width = self.visual.output_dim
-        else:
-            self.width = _output_width(self.visual, transform)
+        elif self._pooled is not None:
+            capabilities.add("local")
+            self.grid = self._pooled.grid
         self._causal = _is_causal(self.text)
+        self.context_length = getattr(tokenizer, "context_length", 0)
         if self._causal:
             capabilities.add("prompts")
             self.context_length = self.text.context_length
         self.capabilities = frozenset(capabilities)
+        if "blocks" not in capabilities:
+            self.width = _output_width(lambda x: self._image_embedding(self.embed(x)), transform, model.logit_scale)
 
     def _twin(self, model: nn.Module) -> Self:
         return type(self)(model, self.tokenizer, self.transform, spec=self.spec)
@@ -68,8 +76,13 @@ class OpenCLIPBackbone(Backbone):
     # ---- images
 
     def embed(self, x: Tensor) -> Tensor:
-        """Input tokens of the first block [B, 1 + P, D]; the image embedding itself for other towers."""
-        return self.visual._embeds(x) if "blocks" in self.capabilities else self.visual(x)
+        """Input tokens of the first block [B, 1 + P, D].
+
+        What the pool reads for a tower that pools with attention; the image embedding itself for other towers.
+        """
+        if "blocks" in self.capabilities:
+            return self.visual._embeds(x)
+        return _first(self.visual(x)) if self._pooled is None else self._pooled.tokens(x)
 
     def layers(self, tower: str = "visual", length: int | None = None) -> list[Layer]:
         """Blocks of a plain image tower or a causal text tower."""
@@ -96,10 +109,20 @@ class OpenCLIPBackbone(Backbone):
 
     def _image_embedding(self, tokens: Tensor) -> Tensor:
         if "blocks" not in self.capabilities:
-            return tokens
+            return tokens if self._pooled is None else self._pooled.image(tokens)
         return self._project(self.visual._pool(tokens)[0])
 
+    @property
+    def pools_by_attention(self) -> bool:
+        """Whether the tower's embedding is an attention pool over all its tokens."""
+        return self._pooled is not None
+
+    def _pool_values(self, tokens: Tensor) -> Tensor:
+        return self._local_embedding(tokens)
+
     def _local_embedding(self, tokens: Tensor) -> Tensor:
+        if self._pooled is not None:
+            return self._pooled.local(tokens)
         return self._project(self.visual.ln_post(tokens[:, 1:]))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -119,7 +142,7 @@ class OpenCLIPBackbone(Backbone):
         if "prompts" in self.capabilities:
             return super()._encode_text_chunk(texts)
         # A bidirectional tower (SigLIP's) or another library's reads the padding too: nothing can be cut.
-        return self.model.encode_text(self._tokenize(texts).to(self.device)).float()
+        return self.model.encode_text(self._tokenize(texts).to(self.device), normalize=False).float()
 
     def _embed_tokens(self, ids: Tensor) -> Tensor:
         return self.text.token_embedding(ids)
@@ -220,51 +243,24 @@ def _is_causal(text: Any) -> bool:
 
 
 @torch.no_grad()
-def _output_width(visual: Any, transform: ImageTransform) -> int:
-    return visual(torch.zeros(1, 3, *transform.crop).to(next(visual.parameters()))).shape[-1]
+def _output_width(embed: Callable[[Tensor], Tensor], transform: ImageTransform, like: Tensor) -> int:
+    return embed(torch.zeros(1, 3, *transform.crop).to(like)).shape[-1]
 
 
-def image_transform(model: nn.Module) -> ImageTransform:
-    """The evaluation transform that an open_clip model asks for."""
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config["size"]
-    crop = (size, size) if isinstance(size, int) else tuple(size)
-    squash = config.get("resize_mode") == "squash"
-    return ImageTransform(
-        crop=crop,
-        resize=None if squash else max(crop),
-        **{key: tuple(config[key]) for key in ("mean", "std") if key in config},
-        interpolation=config.get("interpolation", "bicubic"),
-    )
+def _first(out: Any) -> Tensor:
+    """The embedding of a tower that may give its tokens, too."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def load_open_clip(name: str, *, spec: str) -> OpenCLIPBackbone:
-    """Load "ARCHITECTURE/TAG", "ARCHITECTURE" (random weights) or "local-dir:FOLDER".
+    """Load "ARCHITECTURE/TAG", "ARCHITECTURE/FILE", "ARCHITECTURE" (random), "local-dir:FOLDER" or "hf-hub:NAME".
 
     Raises:
         UsageError: an unknown architecture or tag, with the nearest known ones.
-        MissingDataError: weights that cannot be fetched or a folder that is not there.
+        MissingDataError: weights that cannot be fetched, or a file or folder that is not there.
+        DataError: weights that do not belong to the architecture, or a damaged file.
     """
-    local = name.startswith(("local-dir:", "hf-hub:"))
-    architecture, _, tag = (name, "", "") if local else name.partition("/")
-    if not local:
-        _check_names(architecture, tag)
-        if not tag:
-            log.warning("%s: no weights named, so they are random and scores mean nothing.", spec)
-    try:
-        model = open_clip.create_model(architecture, pretrained=tag or None, load_weights=local or bool(tag))
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:
-        raise MissingDataError(
-            f"The weights of {spec!r} could not be loaded ({type(error).__name__}: {str(error)[:200]}). Without a "
-            "network use 'tiny', or a folder saved before: 'open_clip:local-dir:/path'."
-        ) from error
-    return OpenCLIPBackbone(model, tokenizer, image_transform(model), spec=spec)
-
-
-def _check_names(architecture: str, tag: str) -> None:
-    if architecture not in open_clip.list_models():
-        raise unknown_name("open_clip architecture", architecture, open_clip.list_models())
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag and tag not in tags:
-        raise unknown_name(f"weights for open_clip {architecture}", tag, tags or ["none"])
+    model, tokenizer, transform, decisions = build(name, spec=spec)
+    backbone = OpenCLIPBackbone(model, tokenizer, transform, spec=spec)
+    backbone.decisions = decisions
+    return backbone
