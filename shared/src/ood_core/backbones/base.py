@@ -146,6 +146,7 @@ class Backbone(ABC):
         grid: patches (rows, columns) of the local features, or None.
         width: embedding width d.
         logit_scale: factor of cosines in the model's own logits (1.0 without a text tower).
+        logit_bias: what the model adds to them (SigLIP; 0.0 else). The same for every class, so no softmax sees it.
         label_names: class names of a classifier head, if the library knows them.
         decisions: what loading decided and from what; empty for a backbone made in code.
 
@@ -161,6 +162,7 @@ class Backbone(ABC):
     grid: tuple[int, int] | None = None
     width: int
     logit_scale: float = 1.0
+    logit_bias: float = 0.0
     label_names: list[str] | None = None
     decisions: tuple[Decision, ...] = ()
     context_length: int = 0
@@ -200,6 +202,15 @@ class Backbone(ABC):
         return False
 
     @property
+    def pools_by_attention(self) -> bool:
+        """Whether the image embedding is an attention pool over what comes out of the last block (SigLIP's head).
+
+        A pool's result is a convex combination of its values, so the path from a patch into the space of the image
+        embedding is the pool's value path: that, and not the last block's, is then `local="value"`.
+        """
+        return False
+
+    @property
     def last_block(self) -> nn.Module:
         """The last transformer block, callable on the tokens of `prefix`; gradients flow."""
         raise self._lacks("blocks")
@@ -216,6 +227,21 @@ class Backbone(ABC):
     def _local_embedding(self, tokens: Tensor) -> Tensor:
         """[B, P, d] from tokens behind the last block (or its value path), not normalised."""
         raise self._lacks("local")
+
+    def _pool_values(self, tokens: Tensor) -> Tensor:
+        """[B, P, d] from the tokens behind the last block: the pool as if it attended to one patch alone."""
+        raise self._lacks("local")
+
+    def _value_embedding(self, tokens: Tensor, behind: Tensor) -> Tensor:
+        """[B, P, d] of the value path, not normalised.
+
+        Args:
+            tokens: input tokens of the last block.
+            behind: its output tokens, which a pool's value path starts from.
+        """
+        if self.pools_by_attention:
+            return self._pool_values(behind)
+        return self._local_embedding(self.layers()[-1].parts.value_path(tokens))
 
     def _logits(self, embedding: Tensor) -> Tensor:
         raise self._lacks("logits")
@@ -257,7 +283,8 @@ class Backbone(ABC):
         """An independent backbone with the same weights."""
         twin = self._twin(copy.deepcopy(self.model))
         twin._hash, twin._edits, twin.decisions = self._hash, dict(self._edits), self.decisions
-        twin.logit_scale = self.logit_scale  # read before the weights were rounded
+        # Read before the weights were rounded.
+        twin.logit_scale, twin.logit_bias = self.logit_scale, self.logit_bias
         # Features that a method adds are computed from the original's weights: the copy goes without them.
         return twin
 
@@ -345,7 +372,8 @@ class Backbone(ABC):
         Args:
             x: transformed images [B, 3, H, W] on any device.
             needs: of "image", "local", "logits" and what `with_features` added.
-            local: "value" (value path of the last block) or "tokens" (its plain output tokens).
+            local: "value" (value path of the last block, or of the pool where one attends to the patches) or "tokens"
+                (the last block's plain output tokens).
             normalize: unit-norm image and local features.
 
         Returns:
@@ -366,7 +394,8 @@ class Backbone(ABC):
         if not needs & set(FEATURES):
             return out
         tokens = self.prefix(pixels)
-        full = tokens if needs & set(FEATURES) == {"local"} and local == "value" else self._run_last_block(tokens)
+        from_tokens = needs & set(FEATURES) == {"local"} and local == "value" and not self.pools_by_attention
+        full = tokens if from_tokens else self._run_last_block(tokens)
         if "image" in needs or "logits" in needs:
             embedding = self._image_embedding(full)
             if "image" in needs:
@@ -374,8 +403,8 @@ class Backbone(ABC):
             if "logits" in needs:
                 out["logits"] = self._logits(embedding).float()
         if "local" in needs:
-            patches = self.layers()[-1].parts.value_path(tokens) if local == "value" else full
-            out["local"] = _finish(self._local_embedding(patches), normalize)
+            patches = self._value_embedding(tokens, full) if local == "value" else self._local_embedding(full)
+            out["local"] = _finish(patches, normalize)
         return out
 
     def encode_image(self, x: Tensor, *, normalize: bool = True) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ood_core.backbones.base import Backbone, BlockParts, Layer
 from ood_core.backbones.linear import NamedLinear, fused_qkv
-from ood_core.backbones.transform import ImageTransform
+from ood_core.backbones.transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 
 __all__ = ["OpenCLIPBackbone", "load_open_clip"]
@@ -233,7 +233,8 @@ def image_transform(model: nn.Module) -> ImageTransform:
     return ImageTransform(
         crop=crop,
         resize=None if squash else max(crop),
-        **{key: tuple(config[key]) for key in ("mean", "std") if key in config},
+        mean=tuple(config.get("mean", CLIP_MEAN)),
+        std=tuple(config.get("std", CLIP_STD)),
         interpolation=config.get("interpolation", "bicubic"),
     )
 
