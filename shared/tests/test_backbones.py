@@ -670,16 +670,18 @@ def test_prefix_tokens_are_no_patches():
     torch.testing.assert_close(image, expected[:, 0])
 
 
-def test_attention_pooling_gives_the_image_only_but_keeps_named_weights():
+def test_attention_pooling_has_local_features_from_the_values_of_the_pool():
     model = vit(class_token=False, global_pool="map", num_classes=4)
     backbone = timm_backbone(model)
     x = pixels(backbone)
-    assert backbone.capabilities == {"image", "logits"}
+    assert backbone.capabilities == {"image", "local", "logits", "blocks"}
     torch.testing.assert_close(backbone.encode_logits(x), model(x))
-    torch.testing.assert_close(
-        backbone.encode_image(x, normalize=False),
-        model.forward_head(model.forward_features(x), pre_logits=True),
-    )
+    image, local = backbone.encode_dense(x, normalize=False)
+    torch.testing.assert_close(image, model.forward_head(model.forward_features(x), pre_logits=True))
+    # What the pool says to one patch alone, by the library's own pool.
+    tokens = model.forward_features(x)
+    for patch in (0, 5, 15):
+        torch.testing.assert_close(local[:, patch], model.attn_pool(tokens[:, patch : patch + 1]))
     assert torch.equal(backbone.linear("visual.1.up").weight, model.blocks[1].mlp.fc1.weight)
 
 

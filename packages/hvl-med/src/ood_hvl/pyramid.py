@@ -88,9 +88,8 @@ def pyramid_key(n: int, source: str, resize: str, dtype: torch.dtype = torch.flo
 
 
 def _transform(transform: ImageTransform, n: int, source: str, resize: str) -> ImageTransform:
-    times = 2 * n if source == "raw" else 1
-    side = None if resize == "squash" or transform.resize is None else transform.resize * times
-    return replace(transform, resize=side, crop=(transform.crop[0] * times, transform.crop[1] * times))
+    whole = replace(transform, resize=None, fit="cover") if resize == "squash" else transform
+    return whole.enlarged(2 * n if source == "raw" else 1)
 
 
 def _embed(

@@ -201,6 +201,8 @@ def _read_block(block: Any) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
         scales, activation, heads = (block.ls_1, block.ls_2), block.mlp[1], attn.num_heads
     elif hasattr(block, "norm1") and hasattr(getattr(block, "attn", None), "qkv") and hasattr(block.mlp, "fc1"):  # timm
         attn, mlp = block.attn, block.mlp
+        if hasattr(attn, "rotate_half"):  # rotary positions come from outside the block: its parameters lack them
+            raise UsageError(_NOT_PLAIN.format(type(block).__name__))
         qkv, parts = (attn.qkv.weight, attn.qkv.bias), (block.norm1, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
         scales, activation, heads = (getattr(block, "ls1", None), getattr(block, "ls2", None)), mlp.act, attn.num_heads
     else:

@@ -262,8 +262,8 @@ def image_features(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
     attended = layer.parts.attend(x)
     if backbone.reads_class_token:
         attended = attended[:, :1]  # the other tokens' MLP is not read
-    image = backbone._image_embedding(layer.parts.feed_forward(attended))
-    local = backbone._local_embedding(layer.parts.value_path(x))
+    behind = layer.parts.feed_forward(attended)
+    image, local = backbone._image_embedding(behind), backbone._value_embedding(x, behind)
     if "prompts" not in backbone.capabilities:
         return image, local
     return F.normalize(image, dim=-1), F.normalize(local, dim=-1)

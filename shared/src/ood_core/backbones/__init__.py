@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ood_core.backbones.specs import located
 from ood_core.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:  # names are listed without loading torch
     import torch
 
-    from ood_core.backbones.base import Backbone
+    from ood_core.backbones.base import Backbone, Decision
 
 __all__ = ["create_backbone", "list_backbones"]
 
@@ -21,7 +23,28 @@ def _tiny(name: str, spec: str) -> Backbone:
     from ood_core.backbones.transform import ImageTransform
     from ood_core.tiny import ByteTokenizer, load_model
 
-    return OpenCLIPBackbone(load_model(), ByteTokenizer(), ImageTransform(crop=(64, 64), resize=64), spec=spec)
+    transform = ImageTransform(crop=(64, 64), resize=64)
+    backbone = OpenCLIPBackbone(load_model(), ByteTokenizer(), transform, spec=spec)
+    backbone.decisions = _tiny_decisions(backbone)
+    return backbone
+
+
+def _tiny_decisions(backbone: Backbone) -> tuple[Decision, ...]:
+    from ood_core.backbones.base import Decision
+    from ood_core.backbones.loading import activation_name, transform_decisions
+
+    package = "the package"
+    return (
+        Decision("architecture", "a CLIP of the package", package),
+        Decision("weights", "embedded", package),
+        Decision("activation", activation_name(backbone.model.visual), package),
+        *transform_decisions(backbone.transform, size=package, rest=package),
+        Decision("prefix tokens", "1 class, 0 register", package),
+        Decision("pooling", "class token" if backbone.reads_class_token else "mean", package),
+        Decision("tokenizer", "bytes", package),
+        Decision("context length", str(backbone.context_length), package),
+        Decision("logit scale", f"{backbone.logit_scale:.6g}", "the weights"),
+    )
 
 
 def _open_clip(name: str, spec: str) -> Backbone:
@@ -64,6 +87,7 @@ def list_backbones() -> list[str]:
         "open_clip:local-dir:FOLDER",
         "timm:vit_base_patch14_dinov2.lvd142m",
         "timm:NAME",
+        "timm:NAME/FILE",
         "hf:openai/clip-vit-base-patch16",
         "hf:NAME_OR_FOLDER",
     ]
@@ -76,9 +100,10 @@ def create_backbone(
 
     Args:
         spec: "tiny" (embedded, needs no network), "open_clip:ARCHITECTURE/TAG", "open_clip:ARCHITECTURE" (random
-            weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME" (random weights), "hf:NAME_OR_FOLDER";
-            any of them with "+edit:FOLDER" behind it, which is the same as `edit=FOLDER`.
-        device: where it runs.
+            weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME/FILE", "timm:NAME" (random weights),
+            "hf:NAME_OR_FOLDER"; any of them with "+edit:FOLDER" behind it, which is the same as `edit=FOLDER`. Paths
+            in it are made absolute, so that what is saved with it works from any folder.
+        device: where it runs: "cpu", "cuda", "cuda:1", "mps", "xpu".
         dtype: precision of the weights: "auto" (what the environment variable OOD_DTYPE names; without it bfloat16
             on GPUs and on CPUs with bfloat16 instructions, float32 elsewhere), "float32", "bfloat16", "float16" or a
             torch dtype. Results are float32 in any case.
@@ -104,11 +129,27 @@ def create_backbone(
         raise unknown_name("backbone", spec, list_backbones())
     device = _resolve_device(device)
     precision = _resolve_dtype(dtype, device)
-    backbone = _LOADERS[library](name, spec)
+    spec = located(spec)
+    backbone = _LOADERS[library](spec.partition(":")[2], spec)
     if edit is not None:
+        edit = os.path.abspath(Path(edit).expanduser())
         backbone = _apply_edit(backbone, edit)
     backbone.model.to(device=device, dtype=precision)
+    backbone.decisions = (*backbone.decisions, *_placed(backbone, dtype, edit))
     return backbone
+
+
+def _placed(backbone: Backbone, dtype: str | torch.dtype, edit: str | None) -> tuple[Decision, ...]:
+    from ood_core.backbones.base import Decision
+
+    source = "the hardware" if dtype == "auto" else "the argument"
+    if dtype == "auto" and os.environ.get("OOD_DTYPE", "auto") != "auto":
+        source = "the environment variable OOD_DTYPE"
+    return (
+        Decision("device", str(backbone.device), "the argument"),
+        Decision("precision", str(backbone.dtype).removeprefix("torch."), source),
+        Decision("edit", edit or "none", "the argument"),
+    )
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
@@ -116,14 +157,24 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"Unknown device {device!r}: use 'cpu', 'cuda' or 'cuda:1'.") from error
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"Unknown device {device!r}: use 'cpu', 'cuda', 'cuda:1', 'mps' or 'xpu'.") from error
     if resolved.type == "cuda" and resolved.index is None and "LOCAL_RANK" in os.environ:
         # Launchers number the processes of a machine; each takes a device of its own.
         resolved = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"Device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found): use 'cpu'.")
+    if resolved.type == "meta":
+        raise UsageError("Device 'meta' holds shapes without numbers, so nothing can be scored there: use 'cpu'.")
+    if resolved.type != "cpu" and (resolved.index or 0) >= (count := _device_count(resolved.type)):
+        raise UsageError(f"Device {device!r} is not there ({count} {resolved.type.upper()} devices found): use 'cpu'.")
     return resolved
+
+
+def _device_count(kind: str) -> int:
+    """Devices of a kind on this machine; 0 of kinds that cannot compute or that this PyTorch does not know."""
+    import torch
+
+    count = getattr(getattr(torch, kind, None), "device_count", None)
+    return int(count()) if count is not None else 0
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -224,7 +224,7 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
         if _is_saved(given):
             made: Detector = Detector.from_pretrained(given)
             for leaf in made._leaves(made.name).values():  # the members of a fusion may have several backbones
-                leaf._set_backbone(backbone(args.backbone or leaf._backbone_record.get("spec", "tiny")))
+                leaf._set_backbone(backbone(args.backbone or leaf._recorded_spec()))
         else:
             mine = {name: options[name] for name in detector_class(given)._option_names() if name in options}
             shared = backbone(args.backbone or "tiny")

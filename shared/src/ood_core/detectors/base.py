@@ -23,6 +23,7 @@ from torch import Tensor
 from ood_core._files import write_atomically, write_json
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import FEATURES, Backbone
+from ood_core.backbones.specs import located, lost_paths, relative_to
 from ood_core.calibration import Calibration, benjamini_hochberg, check_tpr, features_hash, scores_hash
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
@@ -136,8 +137,22 @@ class Detector(ABC):
     def backbone(self) -> Backbone | None:
         """The backbone, loaded when first asked for; None if the detector was made without one."""
         if self._backbone is None and self._backbone_record:
-            self._set_backbone(create_backbone(self._backbone_record["spec"]))
+            self._set_backbone(create_backbone(self._recorded_spec()))
         return self._backbone
+
+    def _recorded_spec(self) -> str:
+        """The spec of the backbone it was made with.
+
+        Raises:
+            MissingDataError: files or folders in it that are not there any more.
+        """
+        spec = self._backbone_record.get("spec", "tiny")
+        if lost := lost_paths(spec):
+            raise MissingDataError(
+                f"Detector {self.name!r} was made with backbone {spec!r}, and there is nothing at {lost[0]}: put it "
+                "back, or pass backbone= (--backbone) with the place where it is now."
+            )
+        return spec
 
     def _set_backbone(self, backbone: Backbone | str) -> None:
         if isinstance(backbone, str):
@@ -471,7 +486,8 @@ class Detector(ABC):
             if self._calibration.classes is not None:
                 tensors["calibration.classes"] = self._calibration.classes
         write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
-        write_json(folder / "config.json", self._config())
+        config = self._config()
+        write_json(folder / "config.json", config | {"backbone": _portable(config["backbone"], folder)})
 
     def _config(self) -> dict[str, Any]:
         """Everything saved that is no tensor."""
@@ -515,7 +531,7 @@ class Detector(ABC):
         made.state = {k.removeprefix("state."): v.clone() for k, v in tensors.items() if k.startswith("state.")}
         if "calibration" in tensors:
             made._keep(_read_calibration(config, tensors))
-        made._backbone_record = config["backbone"]
+        made._backbone_record = _found(config["backbone"], path)
         if backbone is not None:
             made._set_backbone(backbone)
         return made
@@ -528,6 +544,22 @@ class Detector(ABC):
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.get_params().items())
         return f"{type(self).__name__}({options})"
+
+
+def _portable(record: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What is saved of a backbone: where its files lie seen from the detector, too, as both may move together."""
+    spec = record.get("spec", "")
+    relative = relative_to(spec, folder)
+    return {**record} | ({} if relative == spec else {"relative": relative})
+
+
+def _found(record: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What was saved of a backbone, its files looked for where they were and then beside the detector."""
+    kept = {key: value for key, value in record.items() if key != "relative"}
+    moved = located(record.get("relative", ""), folder)
+    if moved and lost_paths(kept["spec"]) and not lost_paths(moved):
+        kept["spec"] = moved
+    return kept
 
 
 # Parameters of every detector's __init__ that are no options of its method.
