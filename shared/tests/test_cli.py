@@ -24,6 +24,7 @@ def data(tmp_path_factory):
         scenes.write_folder(scenes.render(CLASSES, 8, seed=seed), root / name)
     scenes.write_folder(scenes.textures(12), root / "textures")
     scenes.write_folder(scenes.noise(10), root / "noise")
+    (root / "classes.txt").write_text("\n".join(sorted(CLASSES)))
     return root
 
 
@@ -35,7 +36,9 @@ def run(capsys, *argv):
 
 def test_score_table_equals_the_detector(data, tmp_path, capsys):
     out = tmp_path / "scores.parquet"
-    code, printed, err = run(capsys, "score", data / "test", "--detector", "mcm", "gl_mcm", "--out", out)
+    code, printed, err = run(
+        capsys, "score", data / "test", "--detector", "mcm", "gl_mcm", "--classes", data / "classes.txt", "--out", out
+    )
     assert (code, printed) == (0, "")
     assert "32 images scored, 0 failed" in err
     frame = pd.read_parquet(out)
@@ -187,13 +190,8 @@ def tables(data):
     for name in ("mcm", "max_logit"):
         for source in ("val", "test", "textures"):
             argv = ["score", data / source, "--detector", name, "--out", data / f"{name}-{source}.parquet"]
-            assert main([str(arg) for arg in [*argv, "--classes", _classes(data)]]) == 0
+            assert main([str(arg) for arg in [*argv, "--classes", data / "classes.txt"]]) == 0
     return data
-
-
-def _classes(data):
-    (data / "classes.txt").write_text("\n".join(sorted(CLASSES)))
-    return data / "classes.txt"
 
 
 def test_fuse_score_tables(tables, tmp_path, capsys):
@@ -295,7 +293,8 @@ def test_extract_fills_a_cache_that_score_uses(data, tmp_path, capsys):
     assert "32 images" in err
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(before) == 1
-    code, _, _ = run(capsys, "score", data / "test", "--detector", "mcm", "--cache", tmp_path)
+    known = ["--classes", data / "classes.txt"]
+    code, _, _ = run(capsys, "score", data / "test", "--detector", "mcm", *known, "--cache", tmp_path)
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
 
@@ -304,11 +303,12 @@ def test_recorded_failures_are_counted_everywhere(data, tmp_path, capsys):
     folder = scenes.write_folder(scenes.render(CLASSES, 6, seed=5), tmp_path / "images")
     (folder / CLASSES[0] / "zz.jpg").write_text("<html>404</html>")
     out = tmp_path / "scores.parquet"
-    code, _, err = run(capsys, "score", folder, "--detector", "mcm", "--out", out)
+    scoring = ["score", folder, "--detector", "mcm", "--classes", data / "classes.txt"]
+    code, _, err = run(capsys, *scoring, "--out", out)
     assert code == 3
     assert "zz.jpg" in err
     assert not out.exists()
-    code, _, err = run(capsys, "score", folder, "--detector", "mcm", "--on-error", "record", "--out", out)
+    code, _, err = run(capsys, *scoring, "--on-error", "record", "--out", out)
     assert code == 0
     assert "24 images scored, 1 failed" in err
     frame = pd.read_parquet(out)
@@ -334,9 +334,9 @@ MISTAKES = [
     (["score", "{data}/test", "--detector", "knn"], 4, "must be fitted"),
     (["score", "{data}/test", "--detector", "mcm", "--param", "k=3"], 2, "None of the detectors has an option 'k'"),
     (["score", "{data}/test", "--detector", "mcm", "--param", "temperature"], 2, "KEY=VALUE"),
-    (["score", "{data}/test", "--detector", "mcm", "--template", "no braces"], 2, "no braces"),
+    (["score", "{data}/test", "--detector", "mcm", "--fit", "{data}/fit", "--template", "no braces"], 2, "no braces"),
     (["score", "{data}/test", "--detector", "mcm", "--out", "scores.csv"], 2, "must end in .parquet"),
-    (["score", "{data}/test", "--detector", "mcm", "mcm"], 2, "given twice"),
+    (["score", "{data}/test", "--detector", "knn", "knn"], 2, "given twice"),
     (
         ["evaluate", "--detector", "mcm", "--id", "{data}/test", "--ood", "id={data}/noise", "--out", "{data}/o"],
         2,
@@ -348,7 +348,11 @@ MISTAKES = [
         "too few",
     ),
     (["score", "{data}/test", "--detector", "mcm", "--fdr", "1.5"], 2, "--fdr 1.5 must lie between 0 and 1"),
-    (["score", "{data}/test", "--detector", "mcm", "--fdr", "0.1"], 4, "'mcm' is not: see `ood calibrate`"),
+    (
+        ["score", "{data}/test", "--detector", "mcm", "--fit", "{data}/fit", "--fdr", "0.1"],
+        4,
+        "'mcm' is not: see `ood calibrate`",
+    ),
     (["fuse"], 2, "either score tables"),
     (["fuse", "a.parquet", "--detector", "mcm"], 2, "either score tables"),
     (["fuse", "{data}/none.parquet", "--calibration", "{data}/none.parquet"], 3, "No score table"),

@@ -12,7 +12,8 @@ from ood_core.cli.common import (
     extraction_options,
     load_backbone,
     message,
-    parse_param,
+    parse_pairs,
+    parse_params,
     print_json,
     print_table,
 )
@@ -107,7 +108,7 @@ _CAVEATS = {
 def reproduce(args: argparse.Namespace) -> None:
     """Run a table or a study of the paper."""
     _check_study(args)
-    overrides = dict(pair.partition("=")[::2] for pair in args.overrides)
+    overrides = parse_pairs("--set", args.overrides, "NAME=DIR")
     if args.dry_run:
         show_found(args, inspect_protocol(args.protocol, args.root, overrides))
         return
@@ -166,7 +167,7 @@ def _benches(args: argparse.Namespace, overrides: Mapping[str, str]) -> list[Ben
             protocol,
             backbone,
             Path(args.out),
-            params=dict(map(parse_param, args.param)),
+            params=parse_params(args.param),
             seeds=args.seeds,
             extraction=extraction_options(args),
             convention=args.convention,
