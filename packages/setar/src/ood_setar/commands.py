@@ -105,12 +105,12 @@ def reproduce(args: argparse.Namespace) -> None:
     from ood_setar import reproduce as paper
     from ood_setar._published import published_table
 
-    names, overrides = args.protocol or paper.PROTOCOLS[args.table], parse_pairs("--set", args.overrides, "NAME=DIR")
+    names, overrides = args.protocol or paper.PROTOCOLS[args.table], parse_pairs("--set", args.overrides, "NAME=PATH")
     if args.dry_run:
         _show_places(args, {name: inspect_protocol(name, args.root, overrides) for name in names})
         return
     benches, scores = _benches(args, names, overrides)
-    labels = parse_pairs("--labels", args.labels, "NAME=FILE")
+    labels = parse_pairs("--labels", args.labels, "NAME=PATH")
     results = [paper.reproduce(args.table, bench, scores, labels) for bench in benches]
     table = published_table(args.table)
     message(f"{table['source']}: {table['note']}")

@@ -327,31 +327,25 @@ def _is_saved(given: str) -> bool:
 
 
 def parse_params(pairs: Sequence[str]) -> dict[str, Any]:
-    """--param KEY=VALUE arguments: JSON values, or the texts themselves.
+    """--param KEY=VALUE arguments: JSON values, or the texts themselves; of a key given twice the last counts.
 
     Raises:
-        UsageError: an argument of another form, or a key given twice.
+        UsageError: an argument of another form.
 
     Example:
         >>> parse_params(["k=16", "scorer=gen"])
         {'k': 16, 'scorer': 'gen'}
     """
-    return {
-        name: _json_or_text(value)
-        for name, value in parse_pairs("--param", pairs, "KEY=VALUE, e.g. --param k=16").items()
-    }
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    return dict(map(parse_param, pairs))
 
 
 def parse_param(pair: str) -> tuple[str, Any]:
     """One KEY=VALUE of --param (see `parse_params`)."""
-    return next(iter(parse_params([pair]).items()))
+    [(name, value)] = parse_pairs("--param", [pair], "KEY=VALUE, e.g. --param k=16").items()
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def save_detectors(detectors: dict[str, Detector], folder: str | Path) -> None:
