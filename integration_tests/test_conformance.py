@@ -390,3 +390,20 @@ def test_unknown_options_are_refused(ready, tiny):
         create_detector(ready.detector.name, backbone=tiny, class_names=CLASSES, colour="red")
     with pytest.raises(UsageError, match=f"Unknown option of '{ready.detector.name}' 'colour'"):
         copy.deepcopy(ready.detector).set_params(colour="red")
+
+
+def test_class_names_of_every_kind_and_one_class(name, tiny):
+    """Whatever the detector: sequences of strings are taken, others refused, one class only where it says something."""
+    kind = detector_class(name)
+    for given in (tuple(CLASSES), np.array(CLASSES)):
+        assert create_detector(name, class_names=given).class_names == CLASSES
+    for wrong in ({"a": 1}, {"a", "b"}, ["a", None], [1, 2]):
+        with pytest.raises(TypeError, match="class_names"):
+            create_detector(name, class_names=wrong)
+    with pytest.raises(UsageError, match="'cat' is given twice"):
+        create_detector(name, class_names=["cat", "dog", "cat"])
+    if kind.least_classes > 1:
+        with pytest.raises(UsageError, match=rf"'{name}' needs at least two classes.*'knn'"):
+            create_detector(name, backbone=tiny, class_names=["cat"])
+    else:
+        assert name in {"energy", "knn", "mahalanobis", "max_logit", "neg_label", "vim"}

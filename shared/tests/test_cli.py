@@ -25,6 +25,10 @@ def data(tmp_path_factory):
         scenes.write_folder(scenes.render(CLASSES, 8, seed=seed), root / name)
     scenes.write_folder(scenes.textures(12), root / "textures")
     scenes.write_folder(scenes.noise(10), root / "noise")
+    (root / "classes.txt").write_text("\n".join(sorted(CLASSES)))
+    (root / "twice.txt").write_text("cat\ndog\ncat\n")
+    (root / "one.txt").write_text("cat\n")
+    (root / "latin.txt").write_bytes("café\ndog\n".encode("latin-1"))
     return root
 
 
@@ -36,7 +40,9 @@ def run(capsys, *argv):
 
 def test_score_table_equals_the_detector(data, tmp_path, capsys):
     out = tmp_path / "scores.parquet"
-    code, printed, err = run(capsys, "score", data / "test", "--detector", "mcm", "gl_mcm", "--out", out)
+    code, printed, err = run(
+        capsys, "score", data / "test", "--detector", "mcm", "gl_mcm", "--classes", data / "classes.txt", "--out", out
+    )
     assert (code, printed) == (0, "")
     assert "32 images scored, 0 failed" in err
     frame = pd.read_parquet(out)
@@ -223,13 +229,8 @@ def tables(data):
     for name in ("mcm", "max_logit"):
         for source in ("val", "test", "textures"):
             argv = ["score", data / source, "--detector", name, "--out", data / f"{name}-{source}.parquet"]
-            assert main([str(arg) for arg in [*argv, "--classes", _classes(data)]]) == 0
+            assert main([str(arg) for arg in [*argv, "--classes", data / "classes.txt"]]) == 0
     return data
-
-
-def _classes(data):
-    (data / "classes.txt").write_text("\n".join(sorted(CLASSES)))
-    return data / "classes.txt"
 
 
 def test_fuse_score_tables(tables, tmp_path, capsys):
@@ -331,7 +332,8 @@ def test_extract_fills_a_cache_that_score_uses(data, tmp_path, capsys):
     assert "32 images" in err
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(before) == 1
-    code, _, _ = run(capsys, "score", data / "test", "--detector", "mcm", "--cache", tmp_path)
+    known = ["--classes", data / "classes.txt"]
+    code, _, _ = run(capsys, "score", data / "test", "--detector", "mcm", *known, "--cache", tmp_path)
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
 
@@ -340,11 +342,12 @@ def test_recorded_failures_are_counted_everywhere(data, tmp_path, capsys):
     folder = scenes.write_folder(scenes.render(CLASSES, 6, seed=5), tmp_path / "images")
     (folder / CLASSES[0] / "zz.jpg").write_text("<html>404</html>")
     out = tmp_path / "scores.parquet"
-    code, _, err = run(capsys, "score", folder, "--detector", "mcm", "--out", out)
+    scoring = ["score", folder, "--detector", "mcm", "--classes", data / "classes.txt"]
+    code, _, err = run(capsys, *scoring, "--out", out)
     assert code == 3
     assert "zz.jpg" in err
     assert not out.exists()
-    code, _, err = run(capsys, "score", folder, "--detector", "mcm", "--on-error", "record", "--out", out)
+    code, _, err = run(capsys, *scoring, "--on-error", "record", "--out", out)
     assert code == 0
     assert "24 images scored, 1 failed" in err
     frame = pd.read_parquet(out)
@@ -370,9 +373,9 @@ MISTAKES = [
     (["score", "{data}/test", "--detector", "knn"], 4, "must be fitted"),
     (["score", "{data}/test", "--detector", "mcm", "--param", "k=3"], 2, "None of the detectors has an option 'k'"),
     (["score", "{data}/test", "--detector", "mcm", "--param", "temperature"], 2, "KEY=VALUE"),
-    (["score", "{data}/test", "--detector", "mcm", "--template", "no braces"], 2, "no braces"),
+    (["score", "{data}/test", "--detector", "mcm", "--fit", "{data}/fit", "--template", "no braces"], 2, "no braces"),
     (["score", "{data}/test", "--detector", "mcm", "--out", "scores.csv"], 2, "must end in .parquet"),
-    (["score", "{data}/test", "--detector", "mcm", "mcm"], 2, "given twice"),
+    (["score", "{data}/test", "--detector", "knn", "knn"], 2, "given twice"),
     (
         ["evaluate", "--detector", "mcm", "--id", "{data}/test", "--ood", "id={data}/noise", "--out", "{data}/o"],
         2,
@@ -384,8 +387,35 @@ MISTAKES = [
         "too few",
     ),
     (["score", "{data}/test", "--detector", "mcm", "--fdr", "1.5"], 2, "--fdr 1.5 must lie between 0 and 1"),
-    (["score", "{data}/test", "--detector", "mcm", "--fdr", "0.1"], 4, "'mcm' is not: see `ood calibrate`"),
+    (
+        ["score", "{data}/test", "--detector", "mcm", "--fit", "{data}/fit", "--fdr", "0.1"],
+        4,
+        "'mcm' is not: see `ood calibrate`",
+    ),
     (["fuse"], 2, "either score tables"),
+    (["score", "{data}/test", "--detector", "mcm"], 2, "--classes FILE, or --fit SOURCE"),
+    (["score", "{data}/test", "--detector", "mcm", "--fit", "{data}/noise"], 2, "--classes FILE, or --fit SOURCE"),
+    (["score", "{data}/test", "--detector", "vim", "--fit", "{data}/noise"], 3, "needs at least two classes"),
+    (["calibrate", "--detector", "mcm", "--id", "{data}/val", "--out", "{data}/o"], 2, "--classes FILE"),
+    (["fuse", "--detector", "mcm", "max_logit", "--id", "{data}/val", "--out", "{data}/o"], 2, "--classes FILE"),
+    (["score", "{data}/test", "--detector", "mcm", "--classes", "{data}/twice.txt"], 2, "'cat' is given twice"),
+    (["score", "{data}/test", "--detector", "gen", "--classes", "{data}/one.txt"], 2, "needs at least two classes"),
+    (["score", "{data}/test", "--detector", "mcm", "--classes", "{data}/latin.txt"], 3, "--encoding latin-1"),
+    (["extract", "{data}/test", "--cache", "{data}/one.txt"], 3, "is a file; name a folder"),
+    (["extract", "{data}/test", "--cache", "{data}/one.txt/below"], 3, "is a file; name a folder"),
+    (["calibrate", "--detector", "knn", "--id", "{data}/nowhere", "--out", "{data}/one.txt"], 3, "one.txt' is a file"),
+    (
+        ["evaluate", "--detector", "knn", "--id", "{data}/nowhere", "--ood", "mean={data}/noise", "--out", "{data}/o"],
+        2,
+        "cannot be named 'mean'",
+    ),
+    (
+        ["evaluate", "--detector", "knn", "--id", "x", "--ood", "a={data}", "--out", "{data}/one.txt"],
+        3,
+        "one.txt' is a file",
+    ),
+    (["evaluate", "--protocol", "imagenet-1k", "--root", "{data}", "--set", "train", "--dry-run"], 2, "NAME=PLACE"),
+    (["evaluate", "--detector", "knn", "--id", "x", "--ood", "=x", "--out", "{data}/o"], 2, "NAME=SOURCE"),
     (["fuse", "a.parquet", "--detector", "mcm"], 2, "either score tables"),
     (["fuse", "{data}/none.parquet", "--calibration", "{data}/none.parquet"], 3, "No score table"),
     (["fuse", "{data}/none.parquet"], 2, "--calibration"),
@@ -457,3 +487,60 @@ heavy = {"transformers", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", everything], check=True)
+
+
+def test_evaluate_says_where_its_classes_come_from(data, tmp_path, capsys):
+    argv = ["evaluate", "--detector", "mcm", "--id", data / "test", "--ood", data / "noise", "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0
+    assert "The known classes are the 4 labels of --id" in err
+    code, _, err = run(capsys, *argv, "--classes", data / "classes.txt")
+    assert code == 0
+    assert "labels of --id" not in err
+
+
+def test_control_characters_in_names_do_not_break_rows(data, tmp_path, capsys):
+    folder = scenes.write_folder(scenes.noise(2), tmp_path / "odd")
+    first = min(folder.rglob("*.png"))
+    first.rename(first.with_name("new\nline\t\x1b[31m.png"))
+    code, out, _ = run(capsys, "score", folder, "--detector", "knn", "--fit", data / "fit")
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    assert all(line.count("\t") == 3 for line in out.splitlines())
+    assert r"new\nline\t\x1b[31m.png" in out
+    code, out, _ = run(capsys, "score", folder, "--detector", "knn", "--fit", data / "fit", "--json")
+    assert any("new\nline\t\x1b[31m.png" in row["id"] for row in json.loads(out))
+
+
+def test_columns_that_are_no_scores_are_kept_and_not_fused(tables, tmp_path, capsys):
+    files = []
+    for name in ("mcm", "max_logit"):
+        table = pd.read_parquet(tables / f"{name}-test.parquet")
+        table.assign(note="seen", age=range(len(table)), blurred=False).to_parquet(tmp_path / f"{name}.parquet")
+        files.append(tmp_path / f"{name}.parquet")
+    known = [tables / f"{name}-val.parquet" for name in ("mcm", "max_logit")]
+    code, _, err = run(capsys, "fuse", *files, "--calibration", *known, "--out", tmp_path / "fused.parquet")
+    assert code == 0
+    assert "'note', 'age', 'blurred'" in err
+    frame = pd.read_parquet(tmp_path / "fused.parquet")
+    own = ["id", "source", "label", "status", "note", "age", "blurred", "mcm", "max_logit", "fusion"]
+    assert list(frame.columns) == own
+    assert frame["age"].tolist() == list(range(32))
+    code, _, _ = run(
+        capsys, "fuse", *[tables / f"{name}-test.parquet" for name in ("mcm", "max_logit")], "--calibration", *known,
+        "--out", tmp_path / "plain.parquet",
+    )  # fmt: skip
+    np.testing.assert_array_equal(frame["fusion"], pd.read_parquet(tmp_path / "plain.parquet")["fusion"])
+
+
+def test_tables_are_read_as_the_options_say(data, tmp_path, capsys):
+    files = sorted(path.relative_to(data) for path in (data / "fit").rglob("*.png"))
+    text = "".join(f"{file};{file.parts[1]}\n" for file in files)
+    (data / "fit.csv").write_bytes(f"file;größe\n{text}".encode("latin-1"))
+    given = ["--path-column", "file", "--label-column", "größe", "--encoding", "latin-1"]
+    code, out, _ = run(
+        capsys, "score", data / "fit.csv", "--detector", "mcm", "--fit", data / "fit.csv", *given, "--json"
+    )
+    assert code == 0
+    expected = create_detector("mcm", backbone="tiny", class_names=sorted(CLASSES)).score(data / "fit")
+    np.testing.assert_allclose([row["mcm"] for row in json.loads(out)], expected.numpy(), rtol=1e-6)

@@ -1,20 +1,24 @@
 """Every detector: fitting, scoring, calibration, p-values, options, saving and loading; each against its equation."""
 
+import errno
 import json
+import unicodedata
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from ood_core import create_detector, detectors, functional, list_detectors
 from ood_core.detectors import broken_detectors, detector_class
 from ood_core.detectors.base import Detector
-from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
+from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, WriteError
 from ood_core.features import extract
 from ood_core.metrics import auroc
 from PIL import Image
+from safetensors import SafetensorError
 
 CORE = ["energy", "gen", "gl_mcm", "knn", "linear_probe", "mahalanobis", "max_logit", "mcm", "msp", "r_mcm", "vim"]
 CLASSES = ["striped star", "dotted ring", "brick square", "glossy circle"]
@@ -294,3 +298,167 @@ def test_text_is_averaged_over_templates(small_backbone):
     each = [small_backbone.encode_text([t.format(n) for n in ("dog", "great white shark")]) for t in templates]
     torch.testing.assert_close(detector.state["text"], F.normalize(sum(each) / 2, dim=-1))
     assert detector.template == templates
+
+
+# ---- class names
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, pd.Series, pd.Index, iter])
+def test_class_names_may_be_any_sequence_of_strings(kind, small_backbone, features):
+    detector = create_detector("mcm", backbone=small_backbone, class_names=kind(CLASSES))
+    assert detector.class_names == CLASSES
+    assert all(type(name) is str for name in detector.class_names)
+    listed = create_detector("mcm", backbone=small_backbone, class_names=CLASSES)
+    assert torch.equal(detector.score_features(features), listed.score_features(features))
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "sentence"),
+    [
+        ({"a": 1, "b": 2}, TypeError, "got a dict: list its values"),
+        ({"a", "b"}, TypeError, "got set, which has no order"),
+        (["a", None], TypeError, r"class_names\[1\] is None \(NoneType\), not a text: leave it out"),
+        ([3, 4], TypeError, r"class_names\[0\] is 3 \(int\), not a text: write str\(3\)"),
+        (np.array([["a", "b"]]), TypeError, "ndarray"),
+        (np.array("a"), TypeError, "must be a list of names"),
+        (7, TypeError, "got int"),
+        (b"ab", TypeError, "got the string"),
+        (["a", " "], UsageError, "Class name 1 of 2 is empty"),
+        (["cat", "dog", "cat"], UsageError, "'cat' is given twice"),
+        (["ring_tail", "dog", " ring  tail"], UsageError, r"'ring_tail' \(also written ' ring  tail'\) is given twice"),
+        (["café", unicodedata.normalize("NFD", "café")], UsageError, "'café' is given twice"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mcm", "knn"])
+def test_class_names_of_other_kinds_are_refused_in_a_sentence(name, names, error, sentence):
+    with pytest.raises(error, match=sentence):
+        create_detector(name, class_names=names)
+
+
+def test_composed_and_decomposed_names_are_the_same_class(small_backbone, features):
+    """As folders are named on macOS, on either side."""
+    other = [unicodedata.normalize("NFD", f"é {name}") for name in CLASSES]
+    composed = [unicodedata.normalize("NFC", name) for name in other]
+    for given, labels in ((composed, other), (other, composed)):
+        labelled = replace(features, label_names=labels)
+        detector = create_detector("linear_probe", backbone=small_backbone, class_names=given).fit(labelled)
+        right = (detector.predict(labelled) == labelled.labels).float().mean()
+        assert len(detector.correct(labelled)) == len(features)
+        assert detector.correct(labelled).float().mean() == right
+        assert detector.class_names == composed
+    texts = [create_detector("mcm", backbone=small_backbone, class_names=n).state["text"] for n in (other, composed)]
+    assert torch.equal(*texts)
+
+
+def test_labels_of_one_name_are_refused_where_they_name_the_classes(small_backbone, features):
+    labelled = replace(features, label_names=["a b", "a_b", "c", "d"])
+    with pytest.raises(UsageError, match=r"Labels: 'a b' \(also written 'a_b'\) is given twice"):
+        create_detector("mahalanobis", backbone=small_backbone).fit(labelled)
+
+
+SOFTMAX = ["mcm", "gl_mcm", "r_mcm", "msp", "gen", "linear_probe"]
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_a_softmax_over_one_class_is_refused_from_the_start(name, small_backbone, features, tmp_path):
+    sentence = rf"'{name}' needs at least two classes.*'knn' or 'mahalanobis'.*'max_logit'"
+    with pytest.raises(UsageError, match=sentence):
+        create_detector(name, backbone=small_backbone, class_names=["dog"])
+    detector = create_detector(name, backbone=small_backbone, class_names=CLASSES).fit(features)
+    detector.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"class_names": ["dog"]}))  # as earlier versions took it
+    loaded = Detector.from_pretrained(tmp_path)
+    for call in (loaded.score_features, loaded.predict, loaded.calibrate, loaded.is_ood):
+        with pytest.raises(UsageError, match=sentence):
+            call(features)
+    with pytest.raises(UsageError, match=sentence):
+        loaded.calibrate(torch.rand(40))
+
+
+@pytest.mark.parametrize("name", ["msp", "gen"])
+def test_a_classifier_of_one_class_is_refused(name, features):
+    one = replace(features, logits=torch.randn(len(features), 1))
+    with pytest.raises(UsageError, match="needs at least two classes, got 1"):
+        create_detector(name, head="classifier").score_features(one)
+
+
+def test_one_class_is_enough_for_cosines_and_distances(small_backbone, features):
+    scores = create_detector("max_logit", backbone=small_backbone, class_names=["dog"]).score_features(features)
+    assert scores.std() > 0
+    one = replace(features, labels=torch.zeros(len(features), dtype=torch.int64), label_names=["dog"])
+    for name in ("knn", "mahalanobis"):
+        assert create_detector(name, backbone=small_backbone).fit(one).score_features(features).std() > 0
+
+
+# ---- what may be given
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((8, 8, 3), np.uint8),
+        torch.zeros(2, 3, 8, 8),
+        [np.zeros((8, 8, 3)), np.zeros((4, 8, 3))],
+        ["a.png", "b.png"],
+        {"a": 1.0},
+        None,
+        0.5,
+        [],
+    ],
+)
+def test_what_may_be_given_is_said(pixels, small_backbone, features):
+    detector = create_detector("mcm", backbone=small_backbone, class_names=CLASSES).calibrate(torch.rand(30))
+    for call in (detector.is_ood, detector.p_value, detector.calibrate):
+        with pytest.raises((TypeError, ValueError), match=r"(?i)give scores .*FeatureSet, or images: .*a PIL image"):
+            call(pixels)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((8, 8, 3), np.uint8), torch.zeros(2, 3, 8, 8), [np.zeros((8, 8, 3))], 0.5])
+def test_images_to_score_are_no_pixels(pixels, small_backbone, features):
+    detector = create_detector("mcm", backbone=small_backbone, class_names=CLASSES)
+    with pytest.raises(TypeError, match=r"(?i)images"):
+        detector.score(pixels)
+    with pytest.raises(TypeError, match="a FeatureSet, which score_features takes"):
+        detector.score(features)
+
+
+# ---- saved by others, and disks that are full
+
+
+def test_another_schema_is_refused_by_version(small_backbone, tmp_path):
+    create_detector("mcm", backbone=small_backbone, class_names=CLASSES).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"schema": 99}))
+    with pytest.raises(DataError, match=r"has schema 99, and this version of ood-core reads schema 1: update it"):
+        Detector.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("(os error 28)")])
+@pytest.mark.parametrize("name", ["mcm", "linear_probe"])
+def test_a_full_disk_leaves_no_half_of_a_detector(error, name, small_backbone, features, tmp_path, monkeypatch):
+    detector = create_detector(name, backbone=small_backbone, class_names=CLASSES).fit(features)
+    detector.save_pretrained(tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("ood_core.detectors.base.save_file", full)
+    for folder in ("old", "new"):
+        with pytest.raises(WriteError, match=r"model\.safetensors' cannot be written: the disk is full"):
+            detector.save_pretrained(tmp_path / folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_full_disk_while_features_are_kept(small_backbone, image_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+
+    monkeypatch.setattr("ood_core.features.save_file", full)
+    with pytest.raises(WriteError, match="the disk is full"):
+        extract(small_backbone, image_folder, {"image"}, cache=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.undo()
+    assert len(extract(small_backbone, image_folder, {"image"}, cache=tmp_path)) == 20

@@ -18,6 +18,7 @@ from ood_core._protocols.catalog import catalog
 from ood_core._protocols.names import clip_names
 from ood_core.data.released_splits import ReleasedItem, read_released_split
 from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.labels import plain_name
 from ood_core.protocols import (
     ContributedProtocol,
     describe,
@@ -817,11 +818,14 @@ def test_classes_without_a_name_are_refused(data):
         find_protocol("imagenet-1k", data, class_names_file=data / "none.txt")
 
 
-def test_a_name_that_two_classes_share_is_noted_and_keeps_its_labels_apart(data):
-    (data / "imagenet/classnames.txt").write_text("\n".join(f"{wnid} fish" for wnid in WNIDS))
+def test_a_name_that_two_classes_share_is_that_of_the_built_in_list(data):
+    names = ["fish", "fish", *WNIDS[2:]]
+    (data / "imagenet/classnames.txt").write_text("\n".join(map(" ".join, zip(WNIDS, names, strict=True))))
     found = find_protocol("imagenet-1k", data)
     assert found.test.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert any("'fish'" in note for note in found.notes)
+    clip = clip_names()
+    assert found.class_names == [clip[WNIDS[0]], clip[WNIDS[1]], *WNIDS[2:]]
+    assert len(set(map(plain_name, clip.values()))) == 1000
 
 
 # ---- overrides

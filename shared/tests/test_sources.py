@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -197,10 +199,19 @@ def test_an_integer_column_with_gaps(tmp_path):
 
 
 def test_a_csv_that_is_no_utf_8(tmp_path):
-    write_images(tmp_path, "\udce9.png")
-    (tmp_path / "m.csv").write_bytes(b"path,label\n\xe9.png,caf\xe9\n")
+    write_images(tmp_path, "\udce9.png", "é.png")
+    (tmp_path / "m.csv").write_bytes(b"path,label\n\xe9.png,cafe\n")  # the bytes of a file's name
     source = Manifest(tmp_path / "m.csv")
-    assert (source.ids, source.label_names, values(source)) == (["\\udce9.png"], ["caf\\udce9"], [0])
+    assert (source.ids, source.label_names, values(source)) == (["\\udce9.png"], ["cafe"], [0])
+    for text in (b"path,label\n\xe9.png,caf\xe9\n", b"path,label\ngone-\xe9.png,cafe\n"):
+        (tmp_path / "m.csv").write_bytes(text)
+        with pytest.raises(DataError, match=r"m\.csv' is no UTF-8 text .*encoding='latin-1' \(--encoding latin-1\)"):
+            Manifest(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_bytes(b"path,label\n\xe9.png,caf\xe9\n")
+    source = Manifest(tmp_path / "m.csv", encoding="latin-1")
+    assert (source.ids, source.label_names, values(source)) == (["é.png"], ["café"], [1])
+    with pytest.raises(UsageError, match="Unknown encoding 'latin-x'"):
+        Manifest(tmp_path / "m.csv", encoding="latin-x")
 
 
 @pytest.mark.parametrize(
@@ -217,13 +228,166 @@ def test_a_csv_that_is_no_utf_8(tmp_path):
         ("m.jsonl", '{"path": 3}', r"no path in data row 1 \(it holds 3\)"),
         ("m.jsonl", '{"path": "a", "label": ["x"]}', r"label \['x'\]"),
         ("m.parquet", "no parquet", r"m\.parquet' cannot be read"),
-        ("m.txt", "path\n", r"m\.txt' is no manifest"),
+        ("m.doc", "path\n", r"m\.doc' is no manifest: it must end in \.csv, "),
+        ("m.csv", "path,path\na.png,b.png\n", r"m\.csv' has 2 columns 'path'"),
+        ("m.csv", "path,label\nx.png,dog, brown\n", r"line 2 has 3 cells for 2 columns; .*quotes around .* a comma"),
+        ("m.csv", 'path,label\n"new\nline.png",dog\nx.png\n', r"line 4 has 1 cell for 2 columns"),
+        ("m.csv", "sep=;\npath;label\nx.png;dog;brown\n", r"line 3 has 3 cells for 2 columns; .*a semicolon"),
+        ("m.csv", "Path,label\na.png,1\n", r"Column 'Path' may hold the paths: say path_column='Path' \(--path-column"),
+        ("m.csv", "path,label\nhttps://x.org/a.png,1\n", r"address 'https://x.org/a.png' in data row 1.*Download"),
+        ("m.csv", "p\0a\0t\0h\0", r"zero bytes, as UTF-16 does.*encoding='utf-16-le'"),
+        ("m.jsonl", '{"path": "a", "path": "b"}', r"line 1 has 'path' twice"),
+        ("m.csv.gz", "path\n", r"m\.csv\.gz' cannot be unpacked as gzip"),
     ],
 )
 def test_bad_manifests_are_named(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=sentence):
         Manifest(tmp_path / name)
+
+
+def as_manifest(tmp_path, text, name="m.csv", **options):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return Manifest(tmp_path / name, **options)
+
+
+def table_of(source):
+    names = [*source.label_names, None]
+    labels = [-1] * len(source) if source.labels is None else source.labels
+    return {id: names[label] for id, label in zip(source.ids, labels, strict=True)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding):
+    assert table_of(as_manifest(tmp_path, "path,label\nä.png,Größe\n".encode(encoding))) == {"ä.png": "Größe"}
+
+
+def test_the_encoding_of_latin_1_and_utf_16_without_a_mark_may_be_named(tmp_path):
+    text = "path,label\nä.png,Größe\n"
+    for encoding in ("latin-1", "utf-16-le"):
+        assert table_of(as_manifest(tmp_path, text.encode(encoding), encoding=encoding)) == {"ä.png": "Größe"}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz", ".txt"])
+def test_the_header_shows_the_separator(tmp_path, separator, suffix):
+    rows = [["path", "label"], ["b.png", "dog, brown; old"], ["a.png", "cat"]]
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows(rows)
+    data = text.getvalue().encode()
+    source = as_manifest(tmp_path, gzip.compress(data) if suffix.endswith("gz") else data, f"m{suffix}")
+    assert table_of(source) == {"a.png": "cat", "b.png": "dog, brown; old"}
+    said = f"sep={separator}\r\n".encode() + data
+    assert table_of(as_manifest(tmp_path, said)) == table_of(source)
+
+
+def test_blanks_around_cells_do_not_count_and_are_told_once(tmp_path, caplog):
+    text = 'path , label\na.png, red\n b.png,red \nc.png, "red, dark"\nd.png, "red, dark" \n'
+    expected = {"a.png": "red", "b.png": "red", "c.png": "red, dark", "d.png": "red, dark"}
+    assert table_of(as_manifest(tmp_path, text)) == expected
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{str(tmp_path / 'm.csv')!r} has blanks around its cells: they are left out."
+    ]
+    write_images(tmp_path, " a.png")  # a file's name may begin with one
+    assert as_manifest(tmp_path, "path,label\n a.png,red\n").ids == [" a.png"]
+
+
+GAPS = ["", "-1", "nan", "NaN", "NA", "N/A", "<NA>", "None", "null"]
+
+
+def test_missing_labels_are_missing_in_every_kind_of_table(tmp_path):
+    text = "".join(f"{row}.png,{gap}\n" for row, gap in enumerate(GAPS))
+    assert table_of(as_manifest(tmp_path, f"path,label\n{text}x.png,none\n"))["x.png"] == "none"
+    for gap in [*GAPS, None, -1, -1.0, float("nan")]:
+        rows = [{"path": "a.png", "label": gap}]
+        kinds = [".csv", ".jsonl", ".parquet"] if isinstance(gap, str) else [".jsonl", ".parquet"]
+        for suffix in kinds:
+            assert Manifest(write_manifest(tmp_path / f"m{suffix}", rows)).labels is None
+        pack = write_pack(tmp_path / "p.parquet", label=[gap])
+        assert ParquetImages(pack).labels is None
+
+
+def test_whole_floats_are_integers_in_every_kind_of_table(tmp_path):
+    assert as_manifest(tmp_path, "path,label\na.png,10.0\nb.png,\nc.png,9.0\nd.png,2\n").label_names == [
+        "2", "9", "10",
+    ]  # fmt: skip
+    assert as_manifest(tmp_path, "path,label\na.png,1.0\nb.png,1.5\n").label_names == ["1.0", "1.5"]
+    rows = [{"path": "a.png", "label": 10.0}, {"path": "b.png", "label": None}, {"path": "c.png", "label": 9.0}]
+    for suffix in (".jsonl", ".parquet"):
+        source = Manifest(write_manifest(tmp_path / f"m{suffix}", rows))
+        assert (source.label_names, source.labels.tolist()) == (["9", "10"], [1, -1, 0])
+    assert ParquetImages(write_pack(tmp_path / "p.parquet", label=[10.0, None, 9.0])).label_names == ["9", "10"]
+
+
+def test_folders_may_be_called_what_tables_call_missing(tmp_path):
+    write_images(tmp_path, "NA/a.png", "-1/b.png", "None/c.png")
+    assert ImageFolder(tmp_path).label_names == ["-1", "NA", "None"]
+
+
+def test_another_column_of_paths_and_of_labels(tmp_path, caplog):
+    write_images(tmp_path, "a.png")
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        path = write_manifest(tmp_path / f"m{suffix}", [{"file_name": "a.png", "Label": "x"}])
+        with pytest.raises(DataError, match="say path_column='file_name'"):
+            Manifest(path)
+        assert Manifest(path, path_column="file_name").labels is None
+        assert "say label='Label' (--label-column Label)" in caplog.text
+        caplog.clear()
+        source = open_source(path, path_column="file_name", label="Label")
+        assert (source.ids, source.label_names, values(source)) == (["a.png"], ["x"], [0])
+        with pytest.raises(DataError, match=r"no column 'label2'.* Column 'Label' may hold the labels"):
+            Manifest(path, path_column="file_name", label="label2")
+
+
+def test_labels_are_composed_as_one_class(tmp_path):
+    text = f"path,label\na.png,{unicodedata.normalize('NFD', 'café')}\nb.png,café\n"
+    assert as_manifest(tmp_path, text).label_names == ["café"]
+
+
+def test_lists_of_paths_with_labels_behind_them(tmp_path):
+    write_images(tmp_path, "odd.png dir/x.png")
+    lines = [
+        "a.png 10",
+        "my dir/b c.JPG 9",
+        "d.png golden retriever",
+        "e.png",
+        "my dir/f g.png",
+        "IM0001 2",
+        "IM0002",
+        "odd.png dir/x.png",
+        "tab stop.png\tcat",
+        "h.png -1",
+        "",
+    ]
+    expected = {
+        "a.png": "10",
+        "my dir/b c.JPG": "9",
+        "d.png": "golden retriever",
+        "e.png": None,
+        "my dir/f g.png": None,
+        "IM0001": "2",
+        "IM0002": None,
+        "odd.png dir/x.png": None,
+        "tab stop.png": "cat",
+        "h.png": None,
+    }
+    assert table_of(as_manifest(tmp_path, "\n".join(lines), "m.txt")) == expected
+    assert table_of(as_manifest(tmp_path, "path label\na.png x\n", "m.txt")) == {"a.png": "x"}
+    assert values(as_manifest(tmp_path, "odd.png dir/x.png 3\n", "m.txt")) == [0]
+
+
+def test_addresses_homes_and_backslashes_are_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_images(tmp_path, "home/a b.png", "dir/b.png", "back\\slash.png", "~tilde.png")
+    home = (tmp_path / "home").as_uri()
+    rows = [
+        {"path": path} for path in (f"{home}/a%20b.png", "~/a b.png", "dir\\b.png", "back\\slash.png", "~tilde.png")
+    ]
+    source = Manifest(write_manifest(tmp_path / "m.csv", rows))
+    assert source.ids == sorted(row["path"] for row in rows)
+    assert dict(zip(source.ids, values(source), strict=True)) == {
+        row["path"]: value for row, value in zip(rows, [0, 0, 1, 2, 3], strict=True)
+    }
 
 
 # ---- parquet packs
@@ -342,6 +506,93 @@ def test_subsets_of_a_pack_share_its_bytes(pack, monkeypatch):
     assert reads == [1]
 
 
+def described(file, features, **columns):
+    """A parquet file with the features that Hugging Face's data sets describe themselves by."""
+    table = pa.table(columns)
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), file)
+    return file
+
+
+HF = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["plane", "cat", "dog"]}}
+
+
+def test_names_and_the_image_column_that_hugging_face_writes(tmp_path):
+    images = [{"bytes": image_bytes(value), "path": None} for value in range(4)]
+    path = described(tmp_path / "p.parquet", HF, img=images, label=[2, 0, -1, 2])
+    source = open_source(path)
+    assert (source.label_names, source.label_values) == (["plane", "dog"], [0, 2])
+    assert (source.labels.tolist(), values(source)) == ([1, 0, -1, 1], [0, 1, 2, 3])
+    write_images(tmp_path, "a.png", "b.png")
+    table = described(tmp_path / "m.parquet", HF, path=["a.png", "b.png"], label=[1, 0])
+    assert (Manifest(table).label_names, Manifest(table).labels.tolist()) == (["plane", "cat"], [1, 0])
+    with pytest.raises(DataError, match="has the label 3 and names for 0 to 2 only"):
+        open_source(described(path, HF, img=images, label=[3, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("with_bytes", [True, False])
+def test_a_struct_with_a_path_alone_is_read_from_there(tmp_path, with_bytes):
+    write_images(tmp_path / "images", "a.png", "b.png")
+    rows = [{"path": "images/b.png"}, {"path": str(tmp_path / "images" / "a.png")}, {"path": "images/c.png"}]
+    images = [row | {"bytes": None} for row in rows] if with_bytes else rows
+    if with_bytes:
+        images.append({"path": "images/a.png", "bytes": image_bytes(9)})
+    path = write_pack(tmp_path / "p.parquet", image=images, label=[1] * len(images))
+    source = open_source(path)
+    assert [source.open(row).getpixel((0, 0))[0] for row in (0, 1)] == [1, 0]
+    with pytest.raises(ImageError, match=r"holds no bytes, and there is no file .*c\.png"):
+        source.open(2)
+    if with_bytes:
+        assert source.open(3).getpixel((0, 0))[0] == 9
+    before = source.fingerprint
+    os.utime(tmp_path / "images" / "a.png", ns=(1, 1))
+    assert open_source(path).fingerprint != before
+
+
+def test_a_folder_of_packs_is_a_source(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    described(folder / "train-00001-of-00002.parquet", HF, img=[image_bytes(2)], label=[2])
+    described(folder / "train-00000-of-00002.parquet", HF, img=[image_bytes(0), image_bytes(1)], label=[1, 2])
+    described(folder / "test-00000-of-00001.parquet", HF, img=[image_bytes(3)], label=[1])
+    source = open_source(folder)
+    assert source.ids == [
+        "test-00000-of-00001/0",
+        "train-00000-of-00002/0",
+        "train-00000-of-00002/1",
+        "train-00001-of-00002/0",
+    ]
+    assert (source.label_names, source.labels.tolist(), values(source)) == (["cat", "dog"], [0, 0, 1, 1], [3, 0, 1, 2])
+    train = open_source(f"{folder}:train")
+    assert (train.ids, values(train)) == (source.ids[1:], [0, 1, 2])
+    again = pickle.loads(pickle.dumps(train))
+    assert (again.fingerprint, values(again)) == (train.fingerprint, [0, 1, 2])
+    assert values(train.subset([2, 0])) == [2, 0]
+    with pytest.raises(UsageError, match=r"'trian'. Did you mean 'train'\? Known: test, train"):
+        open_source(f"{folder}:trian")
+    write_images(folder, "a.png")  # then it is a folder of images, as ever
+    assert type(open_source(folder)) is ImageFolder
+
+
+def test_ids_and_splits_of_the_packs_of_a_folder(tmp_path):
+    write_pack(tmp_path / "b.parquet", id=["x", "z"], split=["train", "test"], label=["k", "l"])
+    write_pack(tmp_path / "a.parquet", id=["x", "y"], split=["train", "train"], label=["m", "k"])
+    source = open_source(tmp_path)
+    assert (source.ids, source.label_names) == (["x", "x#2", "y", "z"], ["k", "l", "m"])
+    assert table_of(source) == {"x": "m", "x#2": "k", "y": "k", "z": "l"}
+    assert open_source(f"{tmp_path}:test").ids == ["z"]
+    with pytest.raises(UsageError, match="Known: test, train"):
+        open_source(f"{tmp_path}:val")
+
+
+def test_a_column_of_paths_in_the_place_of_images(tmp_path):
+    write_images(tmp_path, "a.png")
+    path = write_pack(tmp_path / "p.parquet", image=["a.png"])
+    with pytest.raises(DataError, match=r"holds string.* path_column='image'"):
+        open_source(path)
+    assert values(open_source(path, path_column="image")) == [0]
+
+
 # ---- images in memory
 
 
@@ -422,6 +673,8 @@ def test_the_fingerprint_of_packs_and_images(pack):
 def test_labels_are_matched_by_name():
     mapping, unknown = match_labels(["ring_tail", "fox", "cat"], ["cat", "ring tail", "cat"])
     assert (mapping.tolist(), unknown) == ([1, -1, 0], ["fox"])
+    mapping, unknown = match_labels([unicodedata.normalize("NFD", "café"), " ring  tail"], ["ring_tail", "café"])
+    assert (mapping.tolist(), unknown) == ([1, 0], [])
 
 
 def test_labels_by_position_in_class_names(pack):

@@ -68,7 +68,7 @@ def test_the_picture_shows_kept_tiles_bright(detector, source, tmp_path):
 def test_mistakes(small_backbone, source):
     image = source.open(0)
     with pytest.raises(UsageError, match="got 'mcm'"):
-        explain(create_detector("mcm", backbone=small_backbone, class_names=["a"]), image)
+        explain(create_detector("mcm", backbone=small_backbone, class_names=["a", "b"]), image)
     raw = HVL()
     raw._set_backbone(small_backbone)
     with pytest.raises(NotFittedError):

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "ImageError", "MissingDataError", "NotFittedError", "OODError", "UsageError", "unknown_name"]
+__all__ = [
+    "DataError",
+    "ImageError",
+    "MissingDataError",
+    "NotFittedError",
+    "OODError",
+    "UsageError",
+    "WriteError",
+    "unknown_name",
+]
 
 import difflib
 from collections.abc import Iterable
@@ -28,6 +37,15 @@ class DataError(OODError, ValueError):
 
 class MissingDataError(OODError, FileNotFoundError):
     """A file, folder or column that is not there (exit status 3)."""
+
+    exit_code = 3
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class WriteError(OODError, OSError):
+    """A file that cannot be written: the disk is full, or it must not be (exit status 3)."""
 
     exit_code = 3
 

@@ -194,7 +194,7 @@ class Fusion(Detector):
         Raises:
             UsageError: no column for a member, or one named `name` already.
         """
-        if name in table.detectors:
+        if name in table.frame:
             raise UsageError(f"The score table has a column {name!r} already: choose another name.")
         parts = table.select(self.members).frame
         complete = ((parts["status"] == "ok") & parts[[*self.members]].notna().all(axis=1)).to_numpy()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ood_core.backbones.base import Backbone
+from ood_core.data.tables import read_text
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
 
 __all__ = ["TEMPLATES", "fill", "imagenet_names", "read_class_names", "resolve_templates", "text_features"]
@@ -135,19 +136,28 @@ def imagenet_names() -> list[str]:
     return [_TOLD_APART.get(index, name) for index, name in enumerate(IMAGENET_CLASSNAMES)]
 
 
-def read_class_names(source: str | Path) -> list[str]:
+# n04008634 and n04355933, which CLIP's list calls "missile" and "sunglasses" like their neighbours: WordNet's names.
+_TOLD_APART = {744: "projectile", 836: "sunglass"}
+
+
+def read_class_names(source: str | Path, *, encoding: str | None = None) -> list[str]:
     """Class names from a text file, one per line, or "imagenet" for the built-in list.
+
+    Args:
+        source: the file.
+        encoding: of the file; None: what its byte order mark says, else UTF-8.
 
     Raises:
         MissingDataError: no such file.
-        DataError: an empty file.
+        DataError: an empty file, or one of another encoding.
+        UsageError: an unknown encoding.
     """
     if str(source) == "imagenet":
         return imagenet_names()
     path = Path(source)
     if not path.is_file():
         raise MissingDataError(f"No class-name file {path}: give a text file with one name per line, or 'imagenet'.")
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    names = [line.strip() for line in read_text(path, encoding).splitlines()]
     names = [name for name in names if name]
     if not names:
         raise DataError(f"{path} holds no class name.")

@@ -27,7 +27,8 @@ class ScoreTable:
 
     Attributes:
         frame: columns id, source ("id" for the ID test set, else the name of the OOD set), label (name or None),
-            status ("ok" or why there is no score) and one float32 column per detector, NaN without a score.
+            status ("ok" or why there is no score) and one float32 column per detector, NaN without a score. Other
+            columns than of floating-point numbers are kept, and are no detector's.
 
     Example:
         >>> table = ScoreTable.read("scores.parquet")  # doctest: +SKIP
@@ -68,8 +69,15 @@ class ScoreTable:
 
     @property
     def detectors(self) -> list[str]:
-        """Names of the score columns."""
-        return [name for name in self.frame.columns if name not in _FIXED]
+        """Names of the score columns: those of floating-point numbers."""
+        others = {*_FIXED, *self.extras}
+        return [name for name in self.frame.columns if name not in others]
+
+    @property
+    def extras(self) -> list[str]:
+        """Names of the other columns that somebody has added, such as notes: text, integers, yes or no."""
+        kinds = self.frame.dtypes.items()
+        return [str(name) for name, kind in kinds if name not in _FIXED and not pd.api.types.is_float_dtype(kind)]
 
     @property
     def sources(self) -> list[str]:
@@ -90,7 +98,7 @@ class ScoreTable:
         return self.frame.loc[rows, detector].dropna().to_numpy(np.float32)
 
     def select(self, detectors: Iterable[str]) -> ScoreTable:
-        """The same rows with the columns of these detectors, in this order.
+        """The same rows with the columns of these detectors, in this order, behind those that are no detector's.
 
         Raises:
             UsageError: an unknown detector.
@@ -99,10 +107,12 @@ class ScoreTable:
         for name in wanted:
             if name not in self.detectors:
                 raise unknown_name("detector in this table", name, self.detectors)
-        return ScoreTable(self.frame[[*_FIXED, *wanted]])
+        return ScoreTable(self.frame[[*_FIXED, *self.extras, *wanted]])
 
     def join(self, other: ScoreTable, *, missing: str = "raise") -> ScoreTable:
         """The columns of both tables, rows matched by (source, id), in the order of this table.
+
+        Of a column that is no detector's and stands in both, this table's is kept.
 
         Args:
             other: with other detectors.
@@ -127,7 +137,8 @@ class ScoreTable:
         joined["status"] = _joint_status(joined, self.detectors, other.detectors)
         here = joined["_merge"] != "right_only"
         joined["label"] = joined["label"].where(here, joined["label_other"])
-        return ScoreTable(joined[[*_FIXED, *self.detectors, *other.detectors]])
+        extras = dict.fromkeys([*self.extras, *other.extras])
+        return ScoreTable(joined[[*_FIXED, *extras, *self.detectors, *other.detectors]])
 
     def write(self, path: str | Path) -> None:
         """Write parquet (atomic)."""

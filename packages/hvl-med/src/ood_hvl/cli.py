@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood-hvl",
         description="HVL: hierarchical vision-language out-of-distribution detection for medical images (MICCAI 2025). "
-        "A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a column path) or "
+        "A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a column path) or "
         "FILE.parquet[:split].",
     )
     parser.add_argument("--version", action="version", version=f"ood-hvl {__version__}")

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from ood_core.cli import commands as core
-from ood_core.cli.common import message
+from ood_core.cli.common import given_class_names, message, open_given
 from ood_core.cli.methods import evaluate_variants, explain_image, fit_detector, new_detector, saved_detector
 
 __all__ = ["evaluate", "explain", "fit", "reproduce", "score"]
@@ -16,11 +16,8 @@ score = core.score
 
 def fit(args: argparse.Namespace) -> None:
     """Train on labelled images, calibrate if asked, save."""
-    from ood_core.data import open_source
-    from ood_core.prompts import read_class_names
-
-    source = open_source(args.source)
-    names = read_class_names(args.classes) if args.classes else list(source.label_names)
+    source = open_given(args, args.source)
+    names = given_class_names(args) or list(source.label_names)
     detector = new_detector(args, "hvl", names, seed=args.seed)
     message(f"Encoding {len(source)} images of {len(names)} classes at three scales, then training")
     fit_detector(args, detector, source, cache=args.cache)

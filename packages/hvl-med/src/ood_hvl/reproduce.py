@@ -10,7 +10,7 @@ from ood_core.cli.common import (
     extraction_options,
     load_backbone,
     message,
-    parse_param,
+    parse_params,
     print_json,
     print_table,
 )
@@ -58,7 +58,7 @@ def reproduce(args: argparse.Namespace) -> None:
         return
     layout = find_layout(args.protocol, args.root, **_layout_options(args))
     message(layout.describe())
-    backbone, given = load_backbone(args), dict(map(parse_param, args.param))
+    backbone, given = load_backbone(args), parse_params(args.param)
     settings = STUDIES[args.study] if args.study else {"HVL": {}}
     results: dict[str, Any] = {}
     for label, options in study_options(settings, given, message).items():

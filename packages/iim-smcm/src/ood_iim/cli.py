@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood-iim",
         description="Intra-image mining and S-MCM: out-of-distribution detection with CLIP-like models from a few "
-        "labelled images (AAAI 2026). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a "
-        "column path) or FILE.parquet[:split].",
+        "labelled images (AAAI 2026). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with "
+        "a column path) or FILE.parquet[:split].",
     )
     parser.add_argument("--version", action="version", version=f"ood-iim {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ood_core.cli import commands as core
 from ood_core.cli.common import (
     extraction_options,
+    given_class_names,
     load_backbone,
     message,
     named_sources,
-    parse_param,
+    open_given,
+    parse_pairs,
     print_json,
     print_table,
 )
@@ -38,11 +40,10 @@ score = core.score
 
 def fit(args: argparse.Namespace) -> None:
     """Learn prompts, calibrate if asked, save."""
-    from ood_core.data import FewShot, open_source
-    from ood_core.prompts import read_class_names
+    from ood_core.data import FewShot
 
-    source = open_source(args.source)
-    names = read_class_names(args.classes) if args.classes else list(source.label_names)
+    source: Any = open_given(args, args.source)
+    names = given_class_names(args) or list(source.label_names)
     detector = new_detector(args, "iim", names, seed=args.seed)
     if args.shots:
         source = FewShot(source, args.shots, args.seed)
@@ -66,17 +67,15 @@ def explain(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     """Judge combinations of k, alpha, temperature and negatives."""
-    from ood_core.data import open_source
-
     from ood_iim.studies import sweep as run
 
-    tests = {name: open_source(source) for name, source in named_sources(args.ood).items()}
+    tests = {name: open_given(args, source) for name, source in named_sources(args.ood).items()}
     if not tests and not args.validation:
         raise UsageError("Give OOD test sets (--ood NAME=SOURCE), or OOD images to choose by (--validation SOURCE).")
-    validation = {"validation": open_source(args.validation)} if args.validation else {}
+    validation = {"validation": open_given(args, args.validation)} if args.validation else {}
     rows = run(
         _saved_detector(args),
-        id=open_source(args.id),
+        id=open_given(args, args.id),
         ood=validation | tests,
         ks=args.k,
         alphas=args.alpha,
@@ -113,11 +112,9 @@ def _chosen_by_validation(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def import_released(args: argparse.Namespace) -> None:
     """Turn a checkpoint of the released code into a saved detector."""
-    from ood_core.prompts import read_class_names
-
     from ood_iim.detectors import IIM
 
-    names = read_class_names(args.classes)
+    names = given_class_names(args) or []
     detector = IIM.from_released(args.checkpoint, backbone=load_backbone(args), class_names=names)
     detector.save_pretrained(args.out)
     message(f"{len(names)} classes, {detector.negative_prompts} negative prompts. Saved: {args.out}")
@@ -136,7 +133,7 @@ def reproduce(args: argparse.Namespace) -> None:
         return
     if not args.root:
         raise UsageError("Give --root DIR, the folder with the data sets.")
-    overrides = dict(pair.partition("=")[::2] for pair in args.overrides)
+    overrides = parse_pairs("--set", args.overrides, "NAME=DIR")
     if args.dry_run:
         show_found(args, inspect_protocol(args.protocol, args.root, overrides))
         return

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood-mofe",
         description="MoFE: mixture of feature experts and Dynamic-beta Mixup for out-of-distribution detection (ICCV "
-        "2025). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a column path) or "
+        "2025). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a column path) or "
         "FILE.parquet[:split].",
     )
     parser.add_argument("--version", action="version", version=f"ood-mofe {__version__}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ood_core.cli import commands as core
-from ood_core.cli.common import message, print_json
+from ood_core.cli.common import given_class_names, message, open_given, print_json
 from ood_core.cli.methods import evaluate_variants, explain_image, fit_detector, new_detector, saved_detector
 
 if TYPE_CHECKING:
@@ -27,10 +27,9 @@ score = core.score
 def partition(args: argparse.Namespace) -> None:
     """Divide the classes among experts, print the groups, and keep and draw them if asked."""
     from ood_core.cli.common import check_output
-    from ood_core.data import open_source
 
     check_output(args.out, ".csv")
-    source = open_source(args.source)
+    source = open_given(args, args.source)
     detector = new_detector(
         args, "mofe", _class_names(args, source), **({"groups": args.groups} if args.groups else {})
     )
@@ -49,9 +48,7 @@ def partition(args: argparse.Namespace) -> None:
 
 def fit(args: argparse.Namespace) -> None:
     """Train on labelled images, calibrate if asked, save."""
-    from ood_core.data import open_source
-
-    source = open_source(args.source)
+    source = open_given(args, args.source)
     detector = new_detector(args, "mofe", _class_names(args, source), seed=args.seed)
     message(f"Training {detector.experts} experts on {len(source)} images of {len(detector.class_names)} classes")
     fit_detector(args, detector, source, cache=args.cache)
@@ -84,9 +81,7 @@ def reproduce(args: argparse.Namespace) -> None:
 
 
 def _class_names(args: argparse.Namespace, source: Any) -> list[str]:
-    from ood_core.prompts import read_class_names
-
-    return read_class_names(args.classes) if args.classes else list(source.label_names)
+    return given_class_names(args) or list(source.label_names)
 
 
 def _divided(detector: MoFE, source: Any, cache: str | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from ood_core.cli.common import (
     extraction_options,
     load_backbone,
     message,
-    parse_param,
+    parse_pairs,
+    parse_params,
     print_json,
     print_table,
 )
@@ -122,7 +123,7 @@ _CAVEATS = {
 def reproduce(args: argparse.Namespace) -> None:
     """Run a table or a study of the paper."""
     _check_study(args)
-    overrides = dict(pair.partition("=")[::2] for pair in args.overrides)
+    overrides = parse_pairs("--set", args.overrides, "NAME=DIR")
     places = _by_protocol([args.protocol] if args.protocol else _PROTOCOLS.get(args.study, ["imagenet-1k"]), overrides)
     if args.dry_run:
         rows = [row for name, own in places.items() for row in inspect_protocol(name, args.root, own)]
@@ -250,7 +251,7 @@ def _benches(args: argparse.Namespace, places: Mapping[str, Mapping[str, str]]) 
             protocol,
             backbone,
             Path(args.out),
-            params=dict(map(parse_param, args.param)),
+            params=parse_params(args.param),
             seeds=args.seeds,
             extraction=extraction_options(args),
             convention=args.convention,

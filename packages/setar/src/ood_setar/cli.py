@@ -11,6 +11,7 @@ from ood_core.cli.common import (
     add_command,
     add_evaluation_arguments,
     add_extraction_arguments,
+    add_table_arguments,
     run,
 )
 
@@ -28,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood-setar",
         description="SeTAR: selective low-rank approximation of a pretrained model's weights for out-of-distribution "
-        "detection (NeurIPS 2024). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a "
+        "detection (NeurIPS 2024). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a "
         "column path) or FILE.parquet[:split].",
     )
     parser.add_argument("--version", action="version", version=f"ood-setar {__version__}")
@@ -115,6 +116,7 @@ def _add_making_arguments(parser: argparse.ArgumentParser, function: str) -> Non
         "--param", metavar="KEY=VALUE", action="append", default=[], help=f"option of {function} (see README)"
     )
     add_backbone_arguments(parser, dtype="float32")  # rounded weights have other singular values
+    add_table_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 

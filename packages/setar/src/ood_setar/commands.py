@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ood_core.cli import commands as core
 from ood_core.cli.common import (
     extraction_options,
+    given_class_names,
     load_backbone,
     message,
     named_sources,
-    parse_param,
+    open_given,
+    parse_pairs,
+    parse_params,
     print_json,
     print_table,
 )
@@ -59,8 +62,6 @@ def apply(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Vanilla and edited side by side: OOD detection, or accuracy."""
-    from ood_core.data import open_source
-
     from ood_setar.edit import SeTAREdit
 
     if not args.id or (not args.ood and not args.classify):
@@ -68,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     edit = SeTAREdit.from_pretrained(args.edit)
     vanilla = _backbone_of(args, edit)
     backbones = {"vanilla": vanilla, _label(edit): edit.apply(vanilla)}
-    source = open_source(args.id)
+    source = open_given(args, args.id)
     if args.classify:
         _classify(args, backbones, source)
         return
@@ -104,12 +105,12 @@ def reproduce(args: argparse.Namespace) -> None:
     from ood_setar import reproduce as paper
     from ood_setar._published import published_table
 
-    names, overrides = args.protocol or paper.PROTOCOLS[args.table], _pairs("--set", args.overrides)
+    names, overrides = args.protocol or paper.PROTOCOLS[args.table], parse_pairs("--set", args.overrides, "NAME=PATH")
     if args.dry_run:
         _show_places(args, {name: inspect_protocol(name, args.root, overrides) for name in names})
         return
     benches, scores = _benches(args, names, overrides)
-    labels = _pairs("--labels", args.labels)
+    labels = parse_pairs("--labels", args.labels, "NAME=PATH")
     results = [paper.reproduce(args.table, bench, scores, labels) for bench in benches]
     table = published_table(args.table)
     message(f"{table['source']}: {table['note']}")
@@ -135,7 +136,7 @@ def _benches(args: argparse.Namespace, names: Sequence[str], overrides: dict[str
     edit = _searched_elsewhere(args.edit, [protocol.name for protocol in protocols]) if args.edit else None
     backbone = load_backbone(args)
     scores = list(dict.fromkeys(args.scores or paper.default_scores(args.table, backbone)))
-    options = dict(map(parse_param, args.param))
+    options = parse_params(args.param)
     common: dict[str, Any] = {"template": args.template, "seeds": args.seeds, "edit": edit, "say": message}
     common["extraction"] = extraction_options(args)
     benches = [paper.Bench(protocol, backbone, Path(args.out), options, **common) for protocol in protocols]
@@ -154,13 +155,6 @@ def _searched_elsewhere(path: str, protocols: Sequence[str]) -> SeTAREdit:
     if edit.factors:
         raise UsageError(f"--edit {path!r} is fine-tuned: give the edit of the search that it started from.")
     return edit
-
-
-def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE arguments."""
-    if wrong := [text for text in texts if not all(text.partition("="))]:
-        raise UsageError(f"{option} {wrong[0]!r} must be NAME=PATH.")
-    return {name: value for name, _, value in (text.partition("=") for text in texts)}
 
 
 def _show_places(args: argparse.Namespace, found: Mapping[str, Sequence[FoundSet]]) -> None:
@@ -185,21 +179,18 @@ _SET_OTHERWISE = {"backbone", "images", "edit", "log_file", "checkpoint", "progr
 
 def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
     """Class names, template, seed and the --param of a function."""
-    from ood_core.prompts import read_class_names
-
-    given = dict(map(parse_param, args.param))
+    given = parse_params(args.param)
     known = inspect.signature(function).parameters.keys() - _SET_OTHERWISE
     for name in given:
         if name not in known:
             raise unknown_name(f"option of {function.__name__}", name, known)
-    names = read_class_names(args.classes) if args.classes else None
-    return {"class_names": names, "template": args.template, "seed": args.seed} | given
+    return {"class_names": given_class_names(args), "template": args.template, "seed": args.seed} | given
 
 
 def _training_images(args: argparse.Namespace) -> ImageSource:
-    from ood_core.data import FewShot, open_source
+    from ood_core.data import FewShot
 
-    source = open_source(args.source)
+    source = open_given(args, args.source)
     return source if args.shots is None else FewShot(source, args.shots, args.seed)
 
 
@@ -217,17 +208,16 @@ def _label(edit: SeTAREdit) -> str:
 
 def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], source: ImageSource) -> Any:
     from ood_core.cli.common import class_names_of
-    from ood_core.data import open_source
     from ood_core.detectors import detector_class
     from ood_core.evaluation import evaluate as run
 
     from ood_setar._steps import new_detector
 
-    given = dict(map(parse_param, args.param))
+    given = parse_params(args.param)
     known = {option for name in args.detector for option in detector_class(name)._option_names()}
     if unused := sorted(given.keys() - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
-    names = class_names_of(args, source)
+    names = class_names_of(args, id_test=source)
     detectors = {
         f"{name}, {label}": new_detector(name, backbone, names, args.template, given)
         for name in args.detector
@@ -236,8 +226,8 @@ def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], sourc
     return run(
         detectors,
         id=source,
-        ood={name: open_source(path) for name, path in named_sources(args.ood).items()},
-        calibrate=open_source(args.calibrate) if args.calibrate else None,
+        ood={name: open_given(args, path) for name, path in named_sources(args.ood).items()},
+        calibrate=open_given(args, args.calibrate) if args.calibrate else None,
         convention=args.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -56,6 +56,7 @@ class SeTAR(Detector):
     capabilities = frozenset({"image", "local", "text", "prompts", "blocks"})
     remedy = "call fit(images) with about one labelled ID image per class or more"
     fits_on_images = True
+    least_classes: ClassVar[int] = 2
     # Three ratios of the image tower take seconds.
     demo_options: ClassVar[Mapping[str, Any]] = {"ratios": [0.0, 0.1, 0.4], "order": "visual_only"}
 
@@ -225,12 +226,12 @@ class SeTAR(Detector):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors`, and in folders of their own the `edit` and the `score`."""
-        super().save_pretrained(folder)
         if self.edit is None:
             (Path(folder) / "edit" / "edit.json").unlink(missing_ok=True)  # of an earlier fit
-            return
-        self.edit.save_pretrained(Path(folder) / "edit")
-        self._inner.save_pretrained(Path(folder) / "score")
+        else:
+            self.edit.save_pretrained(Path(folder) / "edit")
+            self._inner.save_pretrained(Path(folder) / "score")
+        super().save_pretrained(folder)
 
     @classmethod
     def _empty(cls, path: Path, config: dict[str, Any]) -> Self:

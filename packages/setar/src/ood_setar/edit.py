@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import torch
 from ood_core import _check
-from ood_core._files import write_atomically, write_json
+from ood_core._files import check_schema, json_writer, write_together
 from ood_core.backbones.base import Backbone, hash_tensors
-from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.errors import DataError, MissingDataError, OODError, UsageError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -163,8 +163,8 @@ class SeTAREdit:
         content = {"schema": 1, "ratios": self.ratios, "fingerprint": self.fingerprint}
         content |= {"drop": self.drop, "seed": self.seed, "factors": list(self.factors), "scale": self.scale}
         content["record"] = self.record
-        write_atomically(folder / "edit.safetensors", lambda path: save_file(tensors, path))
-        write_json(folder / "edit.json", content)
+        files = {"edit.safetensors": lambda path: save_file(tensors, path), "edit.json": json_writer(content)}
+        write_together(folder, files)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -182,6 +182,7 @@ class SeTAREdit:
                 )
         try:
             content = json.loads((path / "edit.json").read_text(encoding="utf-8"))
+            check_schema(content, path / "edit.json", "ood-setar")
             tensors = load_file(path / "edit.safetensors")
             ratios = {str(name): _share(ratio) for name, ratio in content["ratios"].items()}
             factors = {name: (tensors[f"{name}.B"], tensors[f"{name}.A"]) for name in content["factors"]}
@@ -195,6 +196,8 @@ class SeTAREdit:
                 content["record"],
                 folder=path,
             )
+        except OODError:
+            raise
         except Exception as error:
             raise DataError(f"{path} holds no readable edit ({type(error).__name__}: {error}).") from error
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import csv
 import gzip
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from ood_core import _check
-from ood_core._files import write_atomically
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.zero_shot import ZeroShot
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
@@ -246,6 +245,7 @@ class NegLabel(ZeroShot):
     """
 
     name = "neg_label"
+    least_classes: ClassVar[int] = 1  # beside the negatives
     default_template = _NOUN
     fit_options = frozenset({"share", "groups", "words", "exclude", "max_words", "seed"})
     # Encoding is what takes long; fewer groups, so that each still has dozens of negatives.
@@ -337,11 +337,10 @@ class NegLabel(ZeroShot):
 
     # ---- storage
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and, to be read, the negatives' words (`negatives.txt`)."""
-        super().save_pretrained(folder)
+    def _files(self) -> dict[str, Callable[[Path], Any]]:
+        """The negatives' words, to be read."""
         text = "".join(f"{word}\n" for word in self.negative_words)
-        write_atomically(Path(folder) / "negatives.txt", lambda path: path.write_text(text, encoding="utf-8"))
+        return {"negatives.txt": lambda path: path.write_text(text, encoding="utf-8")}
 
     @classmethod
     def _empty(cls, path: Path, config: dict[str, Any]) -> Self:

@@ -19,6 +19,7 @@ from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import match_labels
 from ood_core.errors import DataError, UsageError, unknown_name
+from ood_core.labels import check_class_names
 from ood_core.prompts import fill, resolve_templates
 from torch import Tensor
 
@@ -299,7 +300,8 @@ def label_images(
     Raises:
         DataError: no labels, labels that are no class, a classifier of other classes, or one class only.
     """
-    names = list(class_names or source.label_names)
+    class_names = check_class_names(class_names)
+    names = class_names or check_class_names(source.label_names, what="Labels")
     if "prompts" not in backbone.capabilities:
         names = _classes_of(backbone, source, class_names)
     labels = _labels(source, names)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ood_core.data.sources import ParquetImages, PathLike, _path_and_split
 from ood_core.errors import DataError
+from ood_core.labels import told_apart
 from ood_core.prompts import imagenet_names, read_class_names
 
 WNID = re.compile(r"n\d{8}")
@@ -41,7 +42,8 @@ def class_names(
             f"{'among the 1,000 of ImageNet' if path is None else f'in {str(path)!r}'}; "
             "give a class_names_file with a line for each: wnid, space, name."
         )
-    return [known[wnid].replace("_", " ") for wnid in classes]
+    names, clip = [known[wnid].replace("_", " ") for wnid in classes], clip_names()
+    return told_apart(names, [clip.get(wnid, name) for wnid, name in zip(classes, names, strict=True)])
 
 
 def _pack_names(found: Iterable[Path | None]) -> dict[str, str]:

@@ -239,8 +239,6 @@ class Backbone(ABC):
         """[B, P, d] from the tokens behind the last block: the pool as if it attended to one patch alone."""
         raise self._lacks("local")
 
-<<<<<<< HEAD
-=======
     def _value_embedding(self, tokens: Tensor, behind: Tensor) -> Tensor:
         """[B, P, d] of the value path, not normalised.
 
@@ -252,7 +250,6 @@ class Backbone(ABC):
             return self._pool_values(behind)
         return self._local_embedding(self.layers()[-1].parts.value_path(tokens))
 
->>>>>>> timm
     def _logits(self, embedding: Tensor) -> Tensor:
         raise self._lacks("logits")
 
@@ -404,13 +401,8 @@ class Backbone(ABC):
         if not needs & set(FEATURES):
             return out
         tokens = self.prefix(pixels)
-<<<<<<< HEAD
-        block_values = local == "value" and not self.pools_by_attention
-        full = tokens if needs & set(FEATURES) == {"local"} and block_values else self._run_last_block(tokens)
-=======
         from_tokens = needs & set(FEATURES) == {"local"} and local == "value" and not self.pools_by_attention
         full = tokens if from_tokens else self._run_last_block(tokens)
->>>>>>> timm
         if "image" in needs or "logits" in needs:
             embedding = self._image_embedding(full)
             if "image" in needs:
@@ -418,14 +410,7 @@ class Backbone(ABC):
             if "logits" in needs:
                 out["logits"] = self._logits(embedding).float()
         if "local" in needs:
-<<<<<<< HEAD
-            if local == "value" and self.pools_by_attention:
-                patches = self._pool_values(full)
-            else:
-                patches = self._local_embedding(self.layers()[-1].parts.value_path(tokens) if block_values else full)
-=======
             patches = self._value_embedding(tokens, full) if local == "value" else self._local_embedding(full)
->>>>>>> timm
             out["local"] = _finish(patches, normalize)
         return out
 

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from ood_core.backbones.attention_pool import pooled_tower
 from ood_core.backbones.base import Backbone, BlockParts, Layer
 from ood_core.backbones.linear import NamedLinear, fused_qkv
-<<<<<<< HEAD
 from ood_core.backbones.open_clip_models import build, image_transform
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError
-=======
-from ood_core.backbones.transform import CLIP_MEAN, CLIP_STD, ImageTransform
-from ood_core.errors import MissingDataError, UsageError, unknown_name
->>>>>>> timm
 
 __all__ = ["OpenCLIPBackbone", "image_transform", "load_open_clip"]
 
@@ -252,25 +247,9 @@ def _output_width(embed: Callable[[Tensor], Tensor], transform: ImageTransform, 
     return embed(torch.zeros(1, 3, *transform.crop).to(like)).shape[-1]
 
 
-<<<<<<< HEAD
 def _first(out: Any) -> Tensor:
     """The embedding of a tower that may give its tokens, too."""
     return out[0] if isinstance(out, tuple) else out
-=======
-def image_transform(model: nn.Module) -> ImageTransform:
-    """The evaluation transform that an open_clip model asks for."""
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config["size"]
-    crop = (size, size) if isinstance(size, int) else tuple(size)
-    squash = config.get("resize_mode") == "squash"
-    return ImageTransform(
-        crop=crop,
-        resize=None if squash else max(crop),
-        mean=tuple(config.get("mean", CLIP_MEAN)),
-        std=tuple(config.get("std", CLIP_STD)),
-        interpolation=config.get("interpolation", "bicubic"),
-    )
->>>>>>> timm
 
 
 def load_open_clip(name: str, *, spec: str) -> OpenCLIPBackbone:

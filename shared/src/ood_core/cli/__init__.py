@@ -16,6 +16,7 @@ from ood_core.cli.common import (
     add_extraction_arguments,
     add_fdr_argument,
     add_score_arguments,
+    add_table_arguments,
     run,
 )
 from ood_core.cli.protocols import add_protocol_arguments
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ood",
         description="Out-of-distribution detection with vision foundation models. "
-        "A SOURCE is a folder of images, a manifest (csv, tsv, jsonl or parquet with a column path) or "
+        "A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a column path) or "
         "FILE.parquet[:split].",
     )
     parser.add_argument("--version", action="version", version=f"ood-core {__version__}")
@@ -117,4 +118,5 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", metavar="DIR")
     report.add_argument("--id", metavar="SOURCE", help="the ID test images, to show some")
     report.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", default=[], help="and OOD sets")
+    add_table_arguments(report)
     return parser

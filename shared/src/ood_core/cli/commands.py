@@ -9,8 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ood_core._files import check_schema
 from ood_core.cli.common import (
     build_detectors,
+    check_folder,
     check_output,
     check_rate,
     class_names_of,
@@ -18,6 +20,9 @@ from ood_core.cli.common import (
     load_backbone,
     message,
     named_sources,
+    one_line,
+    open_given,
+    parse_pairs,
     print_json,
     save_detectors,
 )
@@ -90,22 +95,21 @@ def extract(args: argparse.Namespace) -> None:
     if not args.cache:
         raise UsageError("ood extract keeps features for later: say where with --cache DIR.")
     needs = {need.strip() for need in args.needs.split(",") if need.strip()}
-    features = compute(load_backbone(args), args.source, needs=needs, **extraction_options(args))
+    features = compute(load_backbone(args), open_given(args, args.source), needs=needs, **extraction_options(args))
     _tell_failures(features.failures)
     message(f"{len(features)} images in {args.cache}")
 
 
 def score(args: argparse.Namespace) -> None:
     """Score one source with one or several detectors."""
-    from ood_core.data import open_source
     from ood_core.evaluation import fit_detectors
     from ood_core.evaluation import score as score_source
 
     check_output(args.out, ".parquet")
     check_rate(args.fdr)
-    source = open_source(args.source)
-    fit = open_source(args.fit) if args.fit else None
-    detectors = build_detectors(args, class_names_of(args, fit, source))
+    source = open_given(args, args.source)
+    fit = open_given(args, args.fit) if args.fit else None
+    detectors = build_detectors(args, class_names_of(args, fit))
     options = extraction_options(args)
     fit_detectors(detectors, fit, **options)
     table, counts = score_source(detectors, source, source=_set_name(args.source), classify=True, **options)
@@ -121,7 +125,7 @@ def _show_rows(frame: Any, detectors: dict[str, Any], args: argparse.Namespace, 
     if args.json:
         print_json(rows)
     elif not args.out:
-        _print("\t".join(rows[0]), *("\t".join(map(_cell, row.values())) for row in rows))
+        _print("\t".join(map(one_line, rows[0])), *("\t".join(map(_cell, row.values())) for row in rows))
 
 
 def _score_rows(
@@ -156,24 +160,24 @@ def _score_rows(
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.9g}" if isinstance(value, float) else "" if value is None else str(value)
+    return f"{value:.9g}" if isinstance(value, float) else "" if value is None else one_line(str(value))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Judge detectors on an ID test set and OOD sets."""
-    from ood_core.data import open_source
     from ood_core.evaluation import evaluate as run
 
-    id_source = open_source(args.id)
-    fit = open_source(args.fit) if args.fit else None
-    ood = {name: open_source(source) for name, source in named_sources(args.ood).items()}
-    detectors = build_detectors(args, class_names_of(args, fit, id_source))
+    places = named_sources(args.ood)
+    id_source = open_given(args, args.id)
+    fit = open_given(args, args.fit) if args.fit else None
+    ood = {name: open_given(args, source) for name, source in places.items()}
+    detectors = build_detectors(args, class_names_of(args, fit, id_test=id_source))
     found = run(
         detectors,
         id=id_source,
         ood=ood,
         fit=fit,
-        calibrate=open_source(args.calibrate) if args.calibrate else None,
+        calibrate=open_given(args, args.calibrate) if args.calibrate else None,
         convention=args.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,
@@ -186,12 +190,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def calibrate(args: argparse.Namespace) -> None:
     """Fit if needed, set thresholds, save."""
-    from ood_core.data import open_source
     from ood_core.evaluation import calibrate_detectors, fit_detectors
 
-    id_source = open_source(args.id)
-    fit = open_source(args.fit) if args.fit else None
-    detectors = build_detectors(args, class_names_of(args, fit, id_source))
+    id_source = open_given(args, args.id)
+    fit = open_given(args, args.fit) if args.fit else None
+    detectors = build_detectors(args, class_names_of(args, fit))
     options = extraction_options(args)
     fit_detectors(detectors, fit, **options)
     calibrate_detectors(detectors, id_source, tpr=args.tpr, **options)
@@ -231,16 +234,19 @@ def fuse(args: argparse.Namespace) -> None:
 
 
 def _fusion_options(args: argparse.Namespace) -> dict[str, Any]:
-    weights = None if args.weight is None else dict(map(_weight, args.weight))
+    weights = None
+    if args.weight is not None:
+        weights = {
+            name: _number(name, value) for name, value in parse_pairs("--weight", args.weight, "NAME=NUMBER").items()
+        }
     return {"normalize": args.normalize, "combine": args.combine, "weights": weights}
 
 
-def _weight(pair: str) -> tuple[str, float]:
-    name, _, value = pair.rpartition("=")
+def _number(name: str, value: str) -> float:
     try:
-        return name, float(value)
+        return float(value)
     except ValueError:
-        raise UsageError(f"--weight {pair!r} must be NAME=NUMBER, e.g. --weight mcm=2.") from None
+        raise UsageError(f"--weight '{name}={value}' must be NAME=NUMBER, e.g. --weight mcm=2.") from None
 
 
 def _fuse_tables(args: argparse.Namespace) -> None:
@@ -274,6 +280,8 @@ def _joined_tables(given: list[str]) -> Any:
         name, named, file = pair.rpartition("=")
         found = _renamed(file, name) if named else _read_table(file)
         table = found if table is None else table.join(found, missing="record")
+    if others := table.extras:  # type: ignore[union-attr]
+        message(f"Kept as they are, for they hold no scores (floating-point numbers): {', '.join(map(repr, others))}")
     lacking = table.frame[table.frame["status"].str.startswith(NO_ROW)]  # type: ignore[union-attr]  # one at least
     if len(lacking):
         row = lacking.iloc[0]
@@ -298,22 +306,22 @@ def _renamed(file: str, name: str) -> Any:
 
 
 def _fuse_detectors(args: argparse.Namespace) -> None:
-    from ood_core.data import open_source
     from ood_core.evaluation import calibrate_detectors, fit_detectors
     from ood_core.fusion import Fusion
 
     if not args.id or not args.out:
         raise UsageError("A fusion of detectors is calibrated on ID images and saved: give --id SOURCE and --out DIR.")
+    check_folder("--out", args.out)
     if len(args.labelled_ood) > 1:
         raise UsageError(f"Give one source of labelled OOD images, not {len(args.labelled_ood)}.")
-    id_source = open_source(args.id)
-    fit = open_source(args.fit) if args.fit else None
-    fusion = Fusion(build_detectors(args, class_names_of(args, fit, id_source)), **_fusion_options(args))
+    id_source = open_given(args, args.id)
+    fit = open_given(args, args.fit) if args.fit else None
+    fusion = Fusion(build_detectors(args, class_names_of(args, fit)), **_fusion_options(args))
     options = extraction_options(args)
     fit_detectors({args.name: fusion}, fit, **options)
     if args.labelled_ood:
         first, id_source = id_source.subset(slice(0, None, 2)), id_source.subset(slice(1, None, 2))
-        fusion.fit_stacking(first, args.labelled_ood[0], **options)
+        fusion.fit_stacking(first, open_given(args, args.labelled_ood[0]), **options)
         _tell_stacking(fusion)
     calibrate_detectors({args.name: fusion}, id_source, tpr=args.tpr, **options)
     fusion.save_pretrained(args.out)
@@ -334,11 +342,17 @@ def report(args: argparse.Namespace) -> None:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{folder / 'results.json'} is no JSON ({error}).") from error
+    check_schema(results, folder / "results.json", "ood-core")
     table = ScoreTable.read(folder / "scores.parquet")
     sets = ({"id": args.id} if args.id else {}) | named_sources(args.ood)
     if unknown := [name for name in sets if name not in table.sources]:
         raise UsageError(f"{folder} holds no set {unknown[0]!r}; its sets are {', '.join(table.sources)}.")
-    write_report(folder / "report.html", results, table.frame, image_opener(sets))
+    write_report(
+        folder / "report.html",
+        results,
+        table.frame,
+        image_opener({name: open_given(args, place) for name, place in sets.items()}),
+    )
     message(f"Report: {folder / 'report.html'}")
 
 

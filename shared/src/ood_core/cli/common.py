@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
 __all__ = [
     "add_backbone_arguments",
     "add_extraction_arguments",
+    "add_table_arguments",
     "build_detectors",
     "class_names_of",
     "default_workers",
     "extraction_options",
+    "given_class_names",
     "load_backbone",
     "message",
     "named_sources",
+    "open_given",
+    "parse_pairs",
+    "parse_params",
     "print_json",
     "print_table",
     "run",
@@ -44,6 +50,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
+        _check_places(args)
         args.command(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -63,7 +70,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
 def add_command(commands: Any, name: str, function: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
     """A subcommand whose `args.command` is `function`."""
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, parser=parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -80,11 +87,22 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Aligned columns on stdout that no terminal width breaks."""
-    lines = [list(map(str, row)) for row in (header, *rows)]
+    lines = [[one_line(str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
         print("  ".join(cells).rstrip())  # noqa: T201
+
+
+def one_line(text: str) -> str:
+    """A text as a cell of a table: line breaks, tabs and other control characters become escapes.
+
+    Example:
+        >>> one_line("new\\nline.png")
+        'new\\\\nline.png'
+    """
+    control = {one for one in text if unicodedata.category(one) in ("Cc", "Zl", "Zp")}
+    return text.translate({ord(one): one.encode("unicode_escape").decode() for one in control}) if control else text
 
 
 def add_backbone_arguments(
@@ -104,7 +122,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto"
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
-    """--cache, --on-error, --batch-size, --workers."""
+    """--cache, --on-error, --batch-size, --workers, and what tables of images need."""
     parser.add_argument("--cache", metavar="DIR", help="keep features here and use what is there")
     parser.add_argument(
         "--on-error", choices=("raise", "record"), default="raise", help="bad images: stop, or count them and go on"
@@ -113,6 +131,14 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images (default: %(default)s)"
     )
+    add_table_arguments(parser)
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """--path-column, --label-column, --encoding."""
+    parser.add_argument("--path-column", metavar="NAME", help="column of paths in tables of images (default: path)")
+    parser.add_argument("--label-column", metavar="NAME", help="column of labels in these (default: label)")
+    parser.add_argument("--encoding", metavar="NAME", help="of tables and --classes, such as latin-1 (default: UTF-8)")
 
 
 def default_workers() -> int:
@@ -182,31 +208,105 @@ def load_backbone(args: argparse.Namespace, spec: str | None = None) -> Backbone
     return create_backbone(spec or args.backbone or "tiny", device=args.device, dtype=args.dtype)
 
 
+def open_given(args: argparse.Namespace, source: str) -> ImageSource:
+    """A source that the command line names, tables read as --path-column, --label-column and --encoding say."""
+    from ood_core.data import open_source
+
+    return open_source(source, path_column=args.path_column, label=args.label_column, encoding=args.encoding)
+
+
+def parse_pairs(option: str, pairs: Sequence[str], form: str = "NAME=VALUE") -> dict[str, str]:
+    """NAME=VALUE arguments as a mapping.
+
+    Args:
+        option: of the command line, for errors.
+        pairs: what was given.
+        form: what it takes, for errors.
+
+    Raises:
+        UsageError: an argument of another form, or a name given twice.
+
+    Example:
+        >>> parse_pairs("--set", ["SUN=/data/sun"])
+        {'SUN': '/data/sun'}
+    """
+    named = [pair.partition("=")[::2] for pair in pairs]
+    if wrong := [pair for pair, parts in zip(pairs, named, strict=True) if not all(parts)]:
+        raise UsageError(f"{option} {wrong[0]!r} must be {form}.")
+    return _once(option, named)
+
+
+def _once(option: str, named: Sequence[tuple[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in named:
+        if name in found:
+            raise UsageError(f"{option} names {name!r} twice, as {found[name]!r} and {value!r}: give it once.")
+        found[name] = value
+    return found
+
+
 def named_sources(pairs: Sequence[str]) -> dict[str, str]:
     """NAME=SOURCE arguments as a mapping; a bare SOURCE is named after its last component.
 
     Raises:
-        UsageError: a name given twice.
+        UsageError: a name given twice, or one that results use otherwise.
     """
-    named: dict[str, str] = {}
-    for pair in pairs:
-        name, found, source = pair.partition("=")
-        if not found or "/" in name:
-            name, source = Path(pair.rpartition(":")[0] or pair).stem, pair
-        if name in named:
-            raise UsageError(f"Two OOD sets are named {name!r}: write NAME=SOURCE with different names.")
-        named[name] = source
-    return named
+    named = [
+        next(iter(parse_pairs("--ood", [pair], "NAME=SOURCE").items())) if _has_name(pair) else (_stem(pair), pair)
+        for pair in pairs
+    ]
+    sources = _once("--ood", named)
+    for name, use in {"id": "the ID test images", "mean": "the mean over the sets"}.items():
+        if name in sources:
+            raise UsageError(f"An OOD set cannot be named {name!r}, as results call {use}: write NAME=SOURCE.")
+    return sources
 
 
-def class_names_of(args: argparse.Namespace, *sources: ImageSource | None) -> list[str] | None:
-    """Class names from --classes, else from the labels of the first source that has at least two."""
+def _has_name(pair: str) -> bool:
+    name, found, _ = pair.partition("=")
+    return bool(found) and "/" not in name
+
+
+def _stem(source: str) -> str:
+    return Path(source.rpartition(":")[0] or source).stem
+
+
+def given_class_names(args: argparse.Namespace) -> list[str] | None:
+    """Class names of --classes; None without it."""
+    from ood_core.labels import check_class_names
     from ood_core.prompts import read_class_names
 
+    if not args.classes:
+        return None
+    return check_class_names(
+        read_class_names(args.classes, encoding=getattr(args, "encoding", None)), what=args.classes
+    )
+
+
+def class_names_of(
+    args: argparse.Namespace, fit: ImageSource | None = None, *, id_test: ImageSource | None = None
+) -> list[str] | None:
+    """The known classes: those of --classes, else the labels of the images to fit on.
+
+    Args:
+        args: of the command line.
+        fit: labelled ID images, if given.
+        id_test: labelled ID test images of an evaluation, whose labels are known classes by definition; taken last,
+            and said. Images that are to be judged ID or OOD never name classes.
+    """
     if args.classes:
-        return read_class_names(args.classes)
+        return given_class_names(args)
     # A single folder name ("images") says nothing about the classes, and a softmax over one class is always 1.
-    return next((list(s.label_names) for s in sources if s is not None and len(s.label_names) > 1), None)
+    if fit is not None and fit.label_names:
+        return list(fit.label_names) if len(fit.label_names) > 1 else None
+    if id_test is None or len(id_test.label_names) < 2:
+        return None
+    if not all(map(_is_saved, args.detector)):
+        message(
+            f"The known classes are the {len(id_test.label_names)} labels of --id; --classes FILE or --fit SOURCE name "
+            "others."
+        )
+    return list(id_test.label_names)
 
 
 def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> dict[str, Detector]:
@@ -214,7 +314,7 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     from ood_core.detectors import create_detector, detector_class
     from ood_core.detectors.base import Detector
 
-    options = dict(map(parse_param, args.param))
+    options = parse_params(args.param)
     known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given)._option_names()}
     if unused := sorted(set(options) - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
@@ -240,11 +340,22 @@ def _is_saved(given: str) -> bool:
     return (Path(given) / "config.json").is_file()
 
 
+def parse_params(pairs: Sequence[str]) -> dict[str, Any]:
+    """--param KEY=VALUE arguments: JSON values, or the texts themselves; of a key given twice the last counts.
+
+    Raises:
+        UsageError: an argument of another form.
+
+    Example:
+        >>> parse_params(["k=16", "scorer=gen"])
+        {'k': 16, 'scorer': 'gen'}
+    """
+    return dict(map(parse_param, pairs))
+
+
 def parse_param(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE as a key and a JSON value, or the text itself."""
-    name, found, value = pair.partition("=")
-    if not found:
-        raise UsageError(f"--param {pair!r} must be KEY=VALUE, e.g. --param k=16.")
+    """One KEY=VALUE of --param (see `parse_params`)."""
+    [(name, value)] = parse_pairs("--param", [pair], "KEY=VALUE, e.g. --param k=16").items()
     try:
         return name, json.loads(value)
     except ValueError:
@@ -257,12 +368,41 @@ def save_detectors(detectors: dict[str, Detector], folder: str | Path) -> None:
         detector.save_pretrained(Path(folder) if len(detectors) == 1 else Path(folder) / name)
 
 
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse an --out or --cache that cannot be written before any work is done."""
+    for action in args.parser._actions:
+        place = getattr(args, action.dest, None)
+        if action.dest not in ("out", "cache") or not place:
+            continue
+        option, kind = action.option_strings[0], str(action.metavar)
+        if kind == "DIR":
+            check_folder(option, place)
+        elif kind.startswith("FILE.") and "|" not in kind:
+            check_file(option, place)
+
+
+def check_folder(option: str, place: str | Path) -> None:
+    """Refuse a folder to write to that is a file, lies below one, or must not be written to."""
+    above = next((path for path in (Path(place), *Path(place).absolute().parents) if os.path.lexists(path)), Path())
+    if not above.is_dir():
+        raise DataError(f"{option} {str(place)!r}: {str(above)!r} is a file; name a folder.")
+    if not os.access(above, os.W_OK):
+        raise DataError(f"{option} {str(place)!r}: {str(above)!r} must not be written to; name another folder.")
+
+
+def check_file(option: str, place: str | Path) -> None:
+    """Refuse a file to write that is a folder, or in a place that cannot be one."""
+    if Path(place).is_dir():
+        raise DataError(f"{option} {str(place)!r} is a folder; give a file name.")
+    check_folder(option, Path(place).absolute().parent)
+
+
 def check_output(path: str | None, suffix: str) -> None:
     """Refuse an output file of another kind before any work is done."""
     if path and not path.endswith(suffix):
         raise UsageError(f"--out {path!r} must end in {suffix}.")
-    if path and Path(path).is_dir():
-        raise DataError(f"--out {path!r} is a folder; give a file name.")
+    if path:
+        check_file("--out", path)
 
 
 def check_rate(fdr: float | None) -> None:

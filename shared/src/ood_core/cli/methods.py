@@ -17,7 +17,8 @@ from ood_core.cli.common import (
     load_backbone,
     message,
     named_sources,
-    parse_param,
+    open_given,
+    parse_params,
     print_json,
 )
 from ood_core.errors import MissingDataError
@@ -88,7 +89,7 @@ def new_detector(args: argparse.Namespace, method: str, names: list[str] | None,
     """A detector as the command line asks for it; --param comes before `options`."""
     from ood_core.detectors import create_detector
 
-    given = dict(map(parse_param, args.param))
+    given = parse_params(args.param)
     return create_detector(
         method, backbone=load_backbone(args), class_names=names, template=args.template, **(options | given)
     )
@@ -103,13 +104,12 @@ def saved_detector(args: argparse.Namespace, kind: type[Detector]) -> Any:
 
 def fit_detector(args: argparse.Namespace, detector: Any, source: ImageSource, **options: Any) -> None:
     """Train (going on from an earlier run's checkpoint), calibrate if asked, save, and say what happened."""
-    from ood_core.data import open_source
     from ood_core.evaluation import calibrate_detectors
 
     checkpoint = Path(args.out) / "checkpoint.safetensors"
     detector.fit(source, checkpoint=checkpoint, **options)
     if args.calibrate:
-        known = open_source(args.calibrate)
+        known = open_given(args, args.calibrate)
         calibrate_detectors({detector.name: detector}, known, tpr=args.tpr, **extraction_options(args))
     if os.environ.get("RANK", "0") != "0":  # every process has the same result: one writes it
         return
@@ -125,14 +125,13 @@ def fit_detector(args: argparse.Namespace, detector: Any, source: ImageSource, *
 
 def evaluate_variants(args: argparse.Namespace, detectors: Mapping[str, Detector], own: str) -> None:
     """Judge several scores of one trained detector; the accuracy is that of `own`."""
-    from ood_core.data import open_source
     from ood_core.evaluation import evaluate
 
     found = evaluate(
         detectors,
-        id=open_source(args.id),
-        ood={name: open_source(source) for name, source in named_sources(args.ood).items()},
-        calibrate=open_source(args.calibrate) if args.calibrate else None,
+        id=open_given(args, args.id),
+        ood={name: open_given(args, source) for name, source in named_sources(args.ood).items()},
+        calibrate=open_given(args, args.calibrate) if args.calibrate else None,
         convention=args.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -9,7 +9,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ood_core.cli import commands
-from ood_core.cli.common import build_detectors, extraction_options, message, print_json, print_table
+from ood_core.cli.common import (
+    build_detectors,
+    extraction_options,
+    message,
+    open_given,
+    parse_pairs,
+    print_json,
+    print_table,
+)
 from ood_core.errors import DataError, MissingDataError, UsageError
 
 if TYPE_CHECKING:
@@ -93,10 +101,7 @@ def _refuse(args: argparse.Namespace, where: str, *names: str) -> None:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Other places and names, for `find_tasks`."""
-    if wrong := [pair for pair in args.set if not all(pair.partition("="))]:
-        raise UsageError(f"--set {wrong[0]!r} must be NAME=PLACE.")
-    places = {name: place for name, _, place in (pair.partition("=") for pair in args.set)}
-    return {"overrides": places, "class_names_file": args.classes}
+    return {"overrides": parse_pairs("--set", args.set, "NAME=PLACE"), "class_names_file": args.classes}
 
 
 def _dry_run(args: argparse.Namespace) -> None:
@@ -135,7 +140,6 @@ def _show_places(args: argparse.Namespace, rows: Sequence[FoundSet], tasks: Sequ
 
 def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation:
     """Judge on one task and write the results, with what was found and expected."""
-    from ood_core.data import open_source
     from ood_core.evaluation import evaluate as run
 
     message(task.describe())
@@ -145,7 +149,7 @@ def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation
         id=task.test,
         ood=task.ood,
         fit=task.train if _to_fit(detectors) else None,
-        calibrate=open_source(args.calibrate) if args.calibrate else task.calibration,
+        calibrate=open_given(args, args.calibrate) if args.calibrate else task.calibration,
         convention=args.convention or task.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -8,20 +8,20 @@ __all__ = [
     "Manifest",
     "PILImages",
     "ParquetImages",
+    "ParquetShards",
     "match_labels",
     "open_source",
 ]
 
 import copy
-import csv
 import hashlib
 import json
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +29,9 @@ from PIL import Image
 
 from ood_core.data import dicom
 from ood_core.data.decode import MAX_PIXELS, check_pixels, decode, image_suffixes, named, printable, to_rgb
+from ood_core.data.tables import class_label_names, clean_labels, image_columns, no_column, read_rows
 from ood_core.errors import DataError, ImageError, MissingDataError, UsageError, unknown_name
+from ood_core.labels import check_class_names, match_labels
 
 PathLike = str | os.PathLike[str]
 
@@ -113,7 +115,9 @@ class ImageSource(ABC):
 
         Raises:
             DataError: the images have no labels.
+            UsageError: a class name given twice.
         """
+        check_class_names(class_names)
         if self.labels is None:
             raise DataError("The images have no labels to match with class names; use one folder per class.")
         mapping, _ = match_labels(self.label_names, class_names)
@@ -121,6 +125,15 @@ class ImageSource(ABC):
         part.label_names = part.label_values = list(class_names)
         part.labels = np.append(mapping, -1)[self.labels]
         return part
+
+    def _number_names(self, names: Sequence[str], file: PathLike) -> None:
+        """Call the labels, numbers, by their names."""
+        known = range(len(names))
+        if outside := [value for value in self.label_values if isinstance(value, str) or value not in known]:
+            raise DataError(
+                f"{printable(file)!r} has the label {outside[0]!r} and names for 0 to {len(names) - 1} only."
+            )
+        self.label_names = [names[value] for value in self.label_values]
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +160,7 @@ def _index_array(indices: Any) -> np.ndarray:
 
 def _label_value(value: Any) -> Any:
     """None for an empty label; a float that stands for an integer (a column with gaps) as that integer."""
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bytes):
         raise DataError(f"The label {value!r} is neither text nor an integer; an image has one label.")
     if isinstance(value, float):
         value = int(value) if value.is_integer() else None if value != value else value
@@ -277,104 +290,48 @@ def _visible_entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 class Manifest(_Files):
-    """A table of image files: column `path`, and optionally `id` and `label`.
+    """A table of image files: a column of paths, and optionally `id` and labels; or a list of paths.
+
+    Text may be in any encoding that its byte order mark or `encoding` names, else UTF-8, and gzipped. Cells are
+    separated by commas, tabs, semicolons or bars, whichever the header shows; blanks around them do not count. In a
+    list (.txt) a label may follow the path after a blank. Paths may be `file://` addresses, begin with `~` and have
+    backslashes. An empty label, -1, nan, NA, None and null are none, in every kind of table.
 
     Args:
-        path: a .csv, .tsv, .jsonl or .parquet file. The id defaults to the path as written.
+        path: a .csv, .tsv, .jsonl, .txt or .parquet file, text files also with .gz. The id defaults to the path as
+            written.
         root: what relative paths are relative to; by default the manifest's folder.
         label: the column of labels, if there.
+        path_column: the column of paths.
+        encoding: of a text file; None: what its byte order mark says, else UTF-8.
 
     Raises:
         MissingDataError: no such file.
-        DataError: not such a table, no column `path` or of the labels asked for, an empty path, an id given twice,
-            or no row.
+        DataError: not such a table, no column of paths or of the labels asked for, a row with too few or too many
+            cells, an empty path, an id given twice, or no row.
+        UsageError: an unknown encoding.
 
     Example:
         >>> Manifest("train.csv").ids  # doctest: +SKIP
         ['a.jpg', 'b.jpg']
     """
 
-    def __init__(self, path: PathLike, *, root: PathLike | None = None, label: str = "label") -> None:
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        root: PathLike | None = None,
+        label: str = "label",
+        path_column: str = "path",
+        encoding: str | None = None,
+    ) -> None:
         path = _existing(path, "manifest")
-        rows = _read_rows(path, label)
         base = os.path.dirname(path) if root is None else os.fspath(root)
-        items = [_path_of(row, number, path) for number, row in enumerate(rows, 1)]
-        ids = [printable(str(_or(row.get("id"), item))) for row, item in zip(rows, items, strict=True)]
-        labels = [_printable_label(row.get(label)) for row in rows]
-        super().__init__(ids, [os.path.join(base, item) for item in items], labels)
+        rows = read_rows(path, base, path_column=path_column, label=label, encoding=encoding)
+        super().__init__(rows.ids, rows.files, rows.labels)
+        if rows.names is not None:
+            self._number_names(rows.names, path)
         self.place = printable(path)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None or value == "" else value
-
-
-def _printable_label(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) else value
-
-
-def _path_of(row: dict[str, Any], number: int, manifest: str) -> str:
-    path = row.get("path")
-    if not isinstance(path, str) or not path:
-        raise DataError(f"{printable(manifest)!r} has no path in data row {number} (it holds {path!r}).")
-    return path
-
-
-def _read_rows(path: str, label: str) -> list[dict[str, Any]]:
-    suffix = os.path.splitext(path)[1].lower()
-    readers: dict[str, Callable[[str], Table]] = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".parquet": partial(_read_parquet_rows, label=label),
-    }
-    if suffix not in readers:
-        raise DataError(f"{printable(path)!r} is no manifest: it must end in {', '.join(readers)}.")
-    try:
-        columns, rows = readers[suffix](path)
-    except (ValueError, OSError, csv.Error) as error:
-        raise DataError(f"Manifest {printable(path)!r} cannot be read: {error}.") from error
-    if absent := [name for name in ("path", label) if name not in (*columns, "label")]:
-        known = ", ".join(map(repr, columns))
-        raise DataError(f"{printable(path)!r} has no column {absent[0]!r}; its columns are {known}.")
-    if not rows:
-        raise DataError(f"Manifest {printable(path)!r} has no rows.")
-    return rows
-
-
-Table = tuple[list[str], list[dict[str, Any]]]
-
-
-def _read_csv(path: str) -> Table:
-    delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        columns = [name.strip() for name in next(reader, [])]
-        return columns, [dict(zip(columns, row, strict=False)) for row in reader if row]
-
-
-def _read_jsonl(path: str) -> Table:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = [_json_object(line, number) for number, line in enumerate(file, 1) if line.strip()]
-    return sorted({name for row in rows for name in row}), rows
-
-
-def _json_object(line: str, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} is no JSON object")
-    return row
-
-
-def _read_parquet_rows(path: str, label: str) -> Table:
-    import pyarrow.parquet as pq
-
-    columns = pq.read_schema(path).names
-    wanted = [name for name in ("path", "id", label) if name in columns]
-    return columns, pq.read_table(path, columns=wanted).to_pylist()
 
 
 class ParquetImages(ImageSource):
@@ -386,8 +343,10 @@ class ParquetImages(ImageSource):
     Args:
         file: the parquet file.
         split: keep the rows with this value in the column `split`; None keeps all.
-        image: the column of encoded bytes, or of structs with a field `bytes`.
-        label: the column of labels, if there. A column `name` with one name per label gives the label names.
+        image: the column of encoded bytes, or of structs with a field `bytes`, or `path` of an image file where there
+            are no bytes. By default "image", else the one column that Hugging Face's metadata calls an image.
+        label: the column of labels, if there. A column `name` with one name per label gives the label names, else
+            Hugging Face's metadata.
         id: the column of ids; by default `id`, else `source`, else the row number.
 
     Raises:
@@ -405,12 +364,15 @@ class ParquetImages(ImageSource):
         file: PathLike,
         split: str | None = None,
         *,
-        image: str = "image",
+        image: str | None = None,
         label: str = "label",
         id: str | None = None,
     ) -> None:
         self.file, self.split = _existing(file, "parquet file"), split
-        names = _column_names(self.file, image, label, id)
+        schema = _parquet_schema(self.file)
+        image = image or _image_column(schema) or "image"
+        names = _column_names(self.file, schema, image, label, id)
+        self.has_ids = id is not None or bool({"id", "source"} & set(names))
         id = id or next((name for name in ("id", "source") if name in names), None)
         wanted = [name for name in names if name in {id, label, "name", "split"}]
         count, columns = _read_columns(self.file, wanted)
@@ -418,9 +380,12 @@ class ParquetImages(ImageSource):
         if not rows:
             raise DataError(f"{printable(self.file)!r} has no rows.")
         columns = {name: [values[row] for row in rows] for name, values in columns.items()}
-        super().__init__(_row_ids(columns.get(id), rows, count), rows, columns.get(label))
-        if self.labels is not None and "name" in columns:
-            self._take_names(columns[label], columns["name"])
+        labels = clean_labels(columns[label]) if label in columns else None
+        super().__init__(_row_ids(columns.get(id), rows, count), rows, labels)
+        if labels is not None and self.labels is not None and "name" in columns:
+            self._take_names(labels, columns["name"])
+        elif (own := class_label_names(schema, label)) is not None:
+            self._number_names(own, self.file)
         self._encoded = _EncodedColumn(self.file, image, rows)
         self.place = printable(self.file) + (f":{split}" if split else "")
 
@@ -434,27 +399,44 @@ class ParquetImages(ImageSource):
     def _read(self, item: int, name: str, max_pixels: int) -> Image.Image:
         name = f"{printable(self.file)}: {name}"
         data = self._encoded[item]
-        if data is None:
+        if data is not None:
+            return decode(data, name=name, max_pixels=max_pixels)
+        path = self._encoded.paths.get(item)
+        if path is None:
             raise ImageError(f"Image {name!r} cannot be read: row {item} holds no bytes.")
-        return decode(data, name=name, max_pixels=max_pixels)
+        if not os.path.exists(path):
+            where = printable(path)
+            raise ImageError(
+                f"Image {name!r} cannot be read: row {item} holds no bytes, and there is no file {where!r}."
+            )
+        return decode(path, max_pixels=max_pixels)
 
     def _stamp(self, item: int) -> str:
-        return f"{_file_stamp(self.file)} {self.split} {item}"
+        path = self._encoded.paths.get(item)
+        return f"{_file_stamp(self.file)} {self.split} {item}" + ("" if path is None else f" {_file_stamp(path)}")
 
     def _content(self, item: int) -> str:
         return hashlib.sha256(self._encoded[item] or b"").hexdigest()
 
 
-def _column_names(file: str, image: str, label: str, id: str | None) -> list[str]:
+def _image_column(schema: Any) -> str | None:
+    """The column of images, if a parquet file has one."""
+    declared = image_columns(schema)
+    return "image" if "image" in schema.names else declared[0] if len(declared) == 1 else None
+
+
+def _column_names(file: str, schema: Any, image: str, label: str, id: str | None) -> list[str]:
     """The file's columns, once it is sure that those asked for are there."""
-    schema = _parquet_schema(file)
-    asked = [image, *([label] if label != "label" else []), *([id] if id else [])]
-    if missing := [name for name in asked if name not in schema.names]:
-        known = ", ".join(map(repr, schema.names))
-        raise DataError(f"{printable(file)!r} has no column {missing[0]!r}; its columns are {known}.")
-    if not _holds_bytes(schema.field(image).type):
-        kind = schema.field(image).type
-        raise DataError(f"Column {image!r} of {printable(file)!r} holds {kind}, not encoded images as bytes.")
+    asked = {"image": image, **({"label": label} if label != "label" else {}), **({"id": id} if id else {})}
+    for kind, name in asked.items():
+        if name not in schema.names:
+            raise no_column(file, name, schema.names, kind)
+    for name in (*asked.values(), "label"):
+        if schema.names.count(name) > 1:
+            raise DataError(f"{printable(file)!r} has {schema.names.count(name)} columns {name!r}; rename all but one.")
+    if not _holds_images(kind := schema.field(image).type):
+        hint = f" For paths of image files say path_column={image!r} (--path-column {image})." * (str(kind) == "string")
+        raise DataError(f"Column {image!r} of {printable(file)!r} holds {kind}, not encoded images as bytes.{hint}")
     return schema.names
 
 
@@ -467,11 +449,11 @@ def _parquet_schema(file: str) -> Any:
         raise DataError(f"{printable(file)!r} cannot be read as parquet: {error}.") from error
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_images(kind: Any) -> bool:
     from pyarrow import types
 
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
@@ -499,11 +481,17 @@ def _row_ids(values: list[Any] | None, rows: list[int], count: int) -> list[str]
 
 
 class _EncodedColumn:
-    """The bytes in some rows of a column, read at the first use and left behind when pickled."""
+    """The bytes in some rows of a column, read at the first use and left behind when pickled.
+
+    Attributes:
+        paths: of the images of rows without bytes, by row.
+    """
 
     def __init__(self, file: str, column: str, rows: list[int]) -> None:
         self.file, self.column, self.rows = file, column, np.array(rows)
         self._kept: Any = None
+        wanted = set(rows)
+        self.paths = {row: path for row, path in _outside_paths(file, column).items() if row in wanted}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
@@ -533,7 +521,40 @@ def _bytes_of(column: Any) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    if not pa.types.is_struct(column.type):
+        return column
+    has_bytes = column.type.get_field_index("bytes") >= 0
+    return pc.struct_field(column, "bytes") if has_bytes else pa.nulls(len(column), pa.binary())
+
+
+def _outside_paths(file: str, column: str) -> dict[int, str]:
+    """Row -> path of the image file, where a struct has a path and no bytes; relative ones are beside the pack."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pq.read_schema(file).field(column).type
+    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0 or not _may_lack_bytes(file, f"{column}.bytes"):
+        return {}
+    folder, found, start = os.path.dirname(file), {}, 0
+    with pq.ParquetFile(file, memory_map=True) as reader:
+        for batch in reader.iter_batches(4096, columns=[column], use_threads=False):
+            absent = _bytes_of(batch.column(0)).is_null().to_pylist()
+            paths = batch.column(0).field("path").to_pylist()
+            pairs = enumerate(zip(absent, paths, strict=True), start)
+            found.update({row: os.path.join(folder, path) for row, (no_bytes, path) in pairs if no_bytes and path})
+            start += len(batch)
+    return found
+
+
+def _may_lack_bytes(file: str, field: str) -> bool:
+    """Whether a row may have no bytes; the statistics of a file mostly tell without reading these."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+    own = [chunk.statistics for chunk in chunks if chunk.path_in_schema == field]
+    return not own or any(one is None or not one.has_null_count or one.null_count > 0 for one in own)
 
 
 class PILImages(ImageSource):
@@ -598,17 +619,102 @@ def _check_images(images: list[Any], **per_image: Sequence[Any] | np.ndarray | N
             raise DataError(f"{len(images)} images were given with {len(values)} {name}; give one per image.")
 
 
-def open_source(spec: ImageSource | PathLike | Sequence[Image.Image]) -> ImageSource:
+class ParquetShards(ImageSource):
+    """The parquet packs below a folder as one source, as the data sets of Hugging Face come.
+
+    Ids are those of the packs where they have such a column, else the pack's path below the folder, without suffix,
+    and the row. Ids that repeat are numbered ("a", "a#2"), in the order of the packs' names. Labels are the same where
+    their names are.
+
+    Args:
+        folder: with .parquet files, hidden ones left out.
+        split: keep the rows with this value in the column `split`, or, where there is no such column, the packs whose
+            names begin with it ("train-00000-of-00002.parquet"); None keeps all.
+        image: see `ParquetImages`.
+        label: see `ParquetImages`.
+
+    Raises:
+        MissingDataError: no such folder.
+        DataError: no parquet file below it, or one that is no pack.
+        UsageError: an unknown split.
+
+    Example:
+        >>> ParquetShards("data/").ids[0]  # doctest: +SKIP
+        'train-00000-of-00002/0000'
+    """
+
+    def __init__(
+        self, folder: PathLike, split: str | None = None, *, image: str | None = None, label: str = "label"
+    ) -> None:
+        folder = _existing(folder, "folder")
+        files = sorted(_scan(folder, _PARQUET))
+        if not files:
+            raise DataError(f"Folder {printable(folder)!r} holds no parquet file.")
+        start = len(os.path.join(folder, ""))
+        bare = [printable(os.path.splitext(file[start:])[0]).replace(os.sep, "/") for file in files]
+        chosen = _of_split(folder, dict(zip(bare, files, strict=True)), split)
+        self.shards = [ParquetImages(file, own, image=image, label=label) for file, own in chosen.values()]
+        ids: list[str] = []
+        items: list[tuple[int, int]] = []
+        labels: list[str | None] = []
+        for number, (name, shard) in enumerate(zip(chosen, self.shards, strict=True)):
+            ids += shard.ids if shard.has_ids else [f"{name}/{id}" for id in shard.ids]
+            items += [(number, index) for index in range(len(shard))]
+            names = np.array([*shard.label_names, None], dtype=object)
+            labels += [None] * len(shard) if shard.labels is None else names[shard.labels].tolist()
+        super().__init__(_unique(ids), items, labels)
+
+    def _read(self, item: tuple[int, int], name: str, max_pixels: int) -> Image.Image:
+        return self.shards[item[0]].open(item[1], max_pixels=max_pixels)
+
+    def _stamp(self, item: tuple[int, int]) -> str:
+        shard = self.shards[item[0]]
+        return shard._stamp(shard._items[item[1]])
+
+
+_PARQUET = frozenset({".parquet"})
+
+
+def _of_split(folder: str, files: dict[str, str], split: str | None) -> dict[str, tuple[str, str | None]]:
+    """The packs with images of a split, by name, each with its value of the column `split`."""
+    if split is None:
+        return {name: (file, None) for name, file in files.items()}
+    named, columns = {}, set[str]()
+    for name, file in files.items():
+        own = _read_columns(file, ["split"])[1]["split"] if "split" in _parquet_schema(file).names else None
+        columns |= set(map(str, own or [_split_in_name(name)]))
+        if split in own if own else split == _split_in_name(name):
+            named[name] = (file, split if own else None)
+    if not named:
+        raise unknown_name(f"split of {printable(folder)}", split, columns)
+    return named
+
+
+def _split_in_name(name: str) -> str:
+    return re.split(r"[-.]", name.rpartition("/")[2])[0]
+
+
+def open_source(
+    spec: ImageSource | PathLike | Sequence[Image.Image],
+    *,
+    path_column: str | None = None,
+    label: str | None = None,
+    encoding: str | None = None,
+) -> ImageSource:
     """Open what a command line or a caller names as a source of images.
 
     Args:
-        spec: a folder, a manifest (.csv, .tsv, .jsonl, .parquet with a column `path`), `FILE.parquet[:split]`
-            with a column `image`, a list of PIL images, or an `ImageSource`, which is returned as it is.
+        spec: a folder of images or of parquet packs, a manifest (.csv, .tsv, .jsonl, .txt, .parquet),
+            `FILE.parquet[:split]` with a column of images, a list of PIL images, or an `ImageSource`, which is returned
+            as it is.
+        path_column: of a manifest, the column of paths; None: "path".
+        label: of a manifest or pack, the column of labels; None: "label".
+        encoding: of a manifest; None: what its byte order mark says, else UTF-8.
 
     Raises:
         MissingDataError: no such file or folder.
         DataError: it holds no images.
-        UsageError: an unknown split.
+        UsageError: an unknown split or encoding.
 
     Example:
         >>> len(open_source("pack.parquet:test"))  # doctest: +SKIP
@@ -619,35 +725,23 @@ def open_source(spec: ImageSource | PathLike | Sequence[Image.Image]) -> ImageSo
     if not isinstance(spec, str | os.PathLike):
         return PILImages(spec)
     path, split = _path_and_split(os.fspath(spec))
+    column = label or "label"
     if os.path.isdir(path):
-        return ImageFolder(path)
+        return ParquetShards(path, split, label=column) if split or _holds_packs(path) else ImageFolder(path)
     _existing(path, "file or folder")
-    if path.lower().endswith(".parquet") and (split or "image" in _parquet_schema(path).names):
-        return ParquetImages(path, split)
-    return Manifest(path)
+    is_parquet = path.lower().endswith(".parquet")
+    if is_parquet and path_column is None and (split or _image_column(_parquet_schema(path))):
+        return ParquetImages(path, split, label=column)
+    return Manifest(path, label=column, path_column=path_column or "path", encoding=encoding)
+
+
+def _holds_packs(folder: str) -> bool:
+    """Whether a folder without images holds parquet files."""
+    return next(_scan(folder), None) is None and next(_scan(folder, _PARQUET), None) is not None
 
 
 def _path_and_split(spec: str) -> tuple[str, str | None]:
     path, _, split = spec.rpartition(":")
-    if path.lower().endswith(".parquet") and not os.path.exists(spec):
+    if (path.lower().endswith(".parquet") or os.path.isdir(path)) and not os.path.exists(spec):
         return path, split
     return spec, None
-
-
-def match_labels(label_names: Sequence[str], class_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Find each label among a detector's classes, by name; an underscore equals a space.
-
-    Args:
-        label_names: the labels of a source.
-        class_names: the classes; where one occurs twice, the first counts.
-
-    Returns:
-        int64 [len(label_names)], the position in `class_names` or -1, and the names that are not there.
-
-    Example:
-        >>> match_labels(["ring_tail", "fox"], ["cat", "ring tail"])
-        (array([ 1, -1]), ['fox'])
-    """
-    plain = {name.replace("_", " "): position for position, name in reversed([*enumerate(class_names)])}
-    mapping = np.array([plain.get(name.replace("_", " "), -1) for name in label_names], np.int64)
-    return mapping, [name for name, position in zip(label_names, mapping, strict=True) if position < 0]

@@ -9,7 +9,7 @@ import inspect
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ood_core._files import write_atomically, write_json
+from ood_core import labels as by_name
+from ood_core._files import check_schema, json_writer, write_together
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import FEATURES, Backbone
 from ood_core.backbones.specs import located, lost_paths, relative_to
@@ -63,6 +64,7 @@ class Detector(ABC):
         state: named tensors, saved as safetensors.
         threshold: scores below it are OOD; None before `calibrate`.
         members: the detectors that this one is made of, by name; empty for all but fusions.
+        least_classes: fewer known classes say nothing: two for a softmax, which is 1 over a single class.
 
     Example:
         >>> detector = create_detector("knn", backbone="tiny").fit(train).calibrate(val)  # doctest: +SKIP
@@ -77,6 +79,7 @@ class Detector(ABC):
     chunk: ClassVar[int] = 512
     demo_options: ClassVar[Mapping[str, Any]] = {}
     fits_on_images: ClassVar[bool] = False
+    least_classes: ClassVar[int] = 0
     members: Mapping[str, Detector] = MappingProxyType({})
 
     def __init__(
@@ -85,11 +88,10 @@ class Detector(ABC):
         class_names: Sequence[str] | None = None,
         template: str | Sequence[str] | None = None,
     ) -> None:
-        if isinstance(class_names, str):
-            raise TypeError(f"class_names must be a list of names, got the string {class_names!r}.")
         self._backbone: Backbone | None = None
         self._backbone_record: dict[str, str] = {}
-        self.class_names = list(class_names or [])
+        self.class_names = by_name.check_class_names(class_names)
+        self._check_class_count(len(self.class_names))
         self._given_names = list(self.class_names)
         self.template = template
         self.state: dict[str, Tensor] = {}
@@ -127,9 +129,21 @@ class Detector(ABC):
     def _class_texts(self, backbone: Backbone) -> Tensor:
         """Features [C, d] of the class names in this detector's template, on the CPU."""
         if not self.class_names:
-            raise UsageError(f"{self.name!r} compares images with class names: pass class_names= (--classes FILE).")
+            raise UsageError(
+                f"{self.name!r} compares images with class names: pass class_names= (--classes FILE, or --fit SOURCE "
+                "with a folder per known class)."
+            )
         self.template = self.template or self.default_template
         return text_features(backbone, self.class_names, self.template).cpu()
+
+    def _check_class_count(self, count: int) -> None:
+        """Refuse a single class where a softmax over the classes is the score: it is 1 for every image."""
+        if 0 < count < self.least_classes:
+            raise UsageError(
+                f"{self.name!r} needs at least two classes, got {self.class_names or count}: a softmax over one is "
+                "always 1. For a single class take 'knn' or 'mahalanobis' on its images, or its cosine alone: "
+                "'max_logit' with this class name."
+            )
 
     # ---- backbone
 
@@ -164,6 +178,7 @@ class Detector(ABC):
                 f"({expected[:12]}), not with {backbone.spec!r} ({backbone.fingerprint[:12]}). Fit it again."
             )
         self._attach(backbone)
+        self._check_class_count(len(self.class_names))
         self._backbone = backbone
         self._backbone_record = {"spec": backbone.spec, "fingerprint": backbone.fingerprint}
 
@@ -199,7 +214,7 @@ class Detector(ABC):
             self.
 
         Raises:
-            UsageError: features that lack what the method needs, or of another backbone.
+            UsageError: features that lack what the method needs, or of another backbone; too few classes.
             DataError: labels that are missing or unknown, or features that are NaN or infinite.
         """
         self._check_features(features)
@@ -264,6 +279,8 @@ class Detector(ABC):
         self._check_features(features)
         if not self.fitted:
             raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
+        # A classifier's head may be of one class, too, and a detector saved by an earlier version.
+        self._check_class_count(features.logits.shape[1] if "logits" in self.needs else len(self.class_names))
 
     def score(self, images: Any, **options: Any) -> Tensor:
         """Scores of images, float32 [N].
@@ -275,9 +292,12 @@ class Detector(ABC):
             **options: for `stream` (`batch_size`, `workers`, `cache`, ...).
 
         Raises:
+            TypeError: something else than images.
             UsageError: the detector has no backbone.
             ImageError: an image that cannot be decoded.
         """
+        if not holds_images(images) and not isinstance(images, list | tuple):
+            raise TypeError(f"score takes {_IMAGES}; got {_kind_of(images)}.")
         images = [images] if isinstance(images, Image.Image) else images
         parts = stream(self._required_backbone(), images, needs=self.needs, **options)
         return torch.cat([self.score_features(part) for part in parts if len(part)])
@@ -354,6 +374,7 @@ class Detector(ABC):
             ValueError: fewer than 20 scores, NaN, or `tpr` out of range.
         """
         check_tpr(tpr)
+        self._check_class_count(len(self.class_names))
         scores, classes, data_hash = self._observe(id_scores, classify=True)
         return self._keep(Calibration.of(scores, tpr, classes=classes, data_hash=data_hash))
 
@@ -424,7 +445,9 @@ class Detector(ABC):
         if features.labels is None:
             raise DataError(f"{self.name!r} needs labelled images to fit; these have no labels.")
         # Those of an earlier fit do not count: it may have left classes out.
-        self.class_names = list(self._given_names or features.label_names)
+        self.class_names = self._given_names or by_name.check_class_names(features.label_names, what="Labels")
+        self.class_names = list(self.class_names)
+        self._check_class_count(len(self.class_names))
         table = match_labels(features.label_names, self.class_names)
         used = sorted(set(features.labels.tolist()) - {-1})
         if unknown := [features.label_names[i] for i in used if table[i] < 0]:
@@ -485,9 +508,14 @@ class Detector(ABC):
             tensors["calibration"] = self._calibration.scores
             if self._calibration.classes is not None:
                 tensors["calibration.classes"] = self._calibration.classes
-        write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
         config = self._config()
-        write_json(folder / "config.json", config | {"backbone": _portable(config["backbone"], folder)})
+        config |= {"backbone": _portable(config["backbone"], folder)}
+        own = {"model.safetensors": lambda path: save_file(tensors, path), "config.json": json_writer(config)}
+        write_together(folder, self._files() | own)
+
+    def _files(self) -> dict[str, Callable[[Path], Any]]:
+        """What else is saved beside `config.json` and `model.safetensors`: how to write a file, by its name."""
+        return {}
 
     def _config(self) -> dict[str, Any]:
         """Everything saved that is no tensor."""
@@ -539,7 +567,11 @@ class Detector(ABC):
     @classmethod
     def _empty(cls, path: Path, config: dict[str, Any]) -> Self:
         """A detector of the recorded options, before its tensors are put in."""
-        return cls(class_names=config["class_names"], template=config["template"], **config["params"])
+        made = cls(template=config["template"], **config["params"])
+        # As recorded: what an earlier version took must still load.
+        made.class_names = list(config["class_names"])
+        made._given_names = list(made.class_names)
+        return made
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.get_params().items())
@@ -569,11 +601,9 @@ _COMMON = ("self", "class_names", "template", "common")
 def match_labels(label_names: Sequence[str], class_names: Sequence[str]) -> Tensor:
     """Index into `class_names` of every label name, -1 where it is not among them; and a last -1 for no label.
 
-    Lists that are equal match by position, so that a name that occurs twice (ImageNet has two) stays two classes.
-
     Args:
-        label_names: L names; underscores are spaces.
-        class_names: C names.
+        label_names: L names.
+        class_names: C names; `ood_core.labels.plain_name` says when two are the same.
 
     Returns:
         int64 [L + 1], to be indexed by labels, -1 included.
@@ -582,14 +612,7 @@ def match_labels(label_names: Sequence[str], class_names: Sequence[str]) -> Tens
         >>> match_labels(["great_dane", "cat"], ["cat", "great dane"])
         tensor([ 1,  0, -1])
     """
-    if list(label_names) == list(class_names):
-        return torch.tensor([*range(len(class_names)), -1])
-    known = {_plain(name): index for index, name in enumerate(class_names)}
-    return torch.tensor([*(known.get(_plain(name), -1) for name in label_names), -1])
-
-
-def _plain(name: str) -> str:
-    return str(name).replace("_", " ").strip()
+    return torch.from_numpy(np.append(by_name.match_labels(label_names, class_names)[0], -1))
 
 
 def holds_images(data: Any) -> bool:
@@ -636,10 +659,33 @@ def as_float32(scores: Any) -> Tensor:
     )
 
 
+_IMAGES = "images: an image source, a folder, manifest or parquet file, a PIL image or a list of them"
+
+
+def _kind_of(data: Any) -> str:
+    """What was given instead, and what becomes an image or a score of it."""
+    kind, shape = type(data).__name__, getattr(data, "shape", None)
+    if isinstance(data, FeatureSet):
+        return f"a {kind}, which score_features takes"
+    if shape is not None:
+        return f"a {kind} of shape {list(shape)}; pixels become images with PIL.Image.fromarray"
+    if isinstance(data, list | tuple) and data:
+        return f"a {kind} of {type(data[0]).__name__}; pixels become images with PIL.Image.fromarray"
+    return repr(data) if data is None or isinstance(data, int | float) else f"a {kind}"
+
+
 def _score_vector(data: Any) -> Tensor:
-    scores = as_float32(data)
+    takes = f"Give scores (a vector of numbers), a FeatureSet, or {_IMAGES}"
+    if data is None or isinstance(data, Mapping | bytes):
+        raise TypeError(f"{takes}; got {_kind_of(data)}.")
+    try:
+        scores = as_float32(data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{takes}; got {_kind_of(data)}.") from error
     if scores.ndim != 1 or not len(scores):
-        raise ValueError(f"Scores must be a non-empty vector, got shape {list(scores.shape)}.")
+        raise ValueError(
+            f"Scores must be a non-empty vector, got shape {list(scores.shape)}. {takes}; got {_kind_of(data)}."
+        )
     if scores.isnan().any():
         raise ValueError(f"Scores hold NaN ({int(scores.isnan().sum())} of {len(scores)}).")
     return scores
@@ -672,8 +718,9 @@ def _read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as error:
         raise DataError(f"{path} holds no readable detector ({type(error).__name__}: {error}).") from error
     wanted = {"schema", "detector", "params", "class_names", "template", "backbone", "threshold", "tpr"}
-    if not isinstance(config, dict) or (missing := wanted - set(config)):
+    if missing := wanted - (set(config) if isinstance(config, dict) else set()):
         raise DataError(f"{path / 'config.json'} is not of a saved detector: it lacks {sorted(missing)}.")
+    check_schema(config, path / "config.json", "ood-core")
     return config, tensors
 
 

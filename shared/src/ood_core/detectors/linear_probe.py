@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class LinearProbe(Detector):
     """
 
     name = "linear_probe"
+    least_classes: ClassVar[int] = 2
     fit_options = frozenset({"l2", "seed"})
 
     def __init__(self, *, scorer: str = "msp", l2: float | None = None, seed: int = 0, **common: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -102,6 +102,7 @@ class MSP(LogitDetector):
     """
 
     name = "msp"
+    least_classes: ClassVar[int] = 2
 
     def __init__(self, *, temperature: float = 1.0, head: str = "auto", probe_c: float = 10.0, **common: Any) -> None:
         super().__init__(head=head, probe_c=probe_c, **common)
@@ -152,6 +153,7 @@ class GEN(LogitDetector):
     """
 
     name = "gen"
+    least_classes: ClassVar[int] = 2
 
     def __init__(
         self, *, gamma: float = 0.1, top: int = 100, head: str = "auto", probe_c: float = 10.0, **common: Any

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ood_core._files import write_json
+from ood_core._files import json_writer
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
-from ood_core.errors import DataError, UsageError
+from ood_core.errors import DataError
 from ood_core.features import FeatureSet
 
 __all__ = ["TrainedDetector"]
@@ -27,26 +27,15 @@ class TrainedDetector(Detector):
         history: per epoch the terms of the loss.
     """
 
+    least_classes: ClassVar[int] = 2
+
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
         self.history: list[dict[str, float]] = []
 
     def _training_labels(self, images: FeatureSet | ImageSource) -> Tensor:
-        """Labels int64 [N] as indices into `class_names`, of at least two classes.
-
-        A name given twice is told apart only where the labels' list is the class list itself.
-        """
-        names = self._given_names or list(images.label_names)
-        plain = Counter(name.replace("_", " ").strip() for name in names)
-        doubled = [name for name, count in plain.items() if count > 1]
-        if doubled and names != list(images.label_names):
-            raise DataError(f"Class names {doubled[:5]} are given twice: labels cannot tell them apart. Rename one.")
-        labels = self._class_labels(_described(images))
-        if len(self.class_names) < 2:
-            raise UsageError(
-                f"{self.name!r} needs at least two classes, got {self.class_names}: a softmax over one is always 1."
-            )
-        return labels
+        """Labels int64 [N] as indices into `class_names`."""
+        return self._class_labels(_described(images))
 
     def _recipe(self, images: FeatureSet | ImageSource, fingerprint: str) -> dict[str, Any]:
         """Everything a training depends on, for its checkpoint: options, classes, backbone and images."""
@@ -61,10 +50,8 @@ class TrainedDetector(Detector):
             "images": hashlib.sha256(content.encode()).hexdigest(),
         }
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and `training.json` (atomic, no pickle)."""
-        super().save_pretrained(folder)
-        write_json(Path(folder) / "training.json", self.history)
+    def _files(self) -> dict[str, Callable[[Path], Any]]:
+        return {"training.json": json_writer(self.history)}
 
     @classmethod
     def _empty(cls, path: Path, config: dict[str, Any]) -> Self:

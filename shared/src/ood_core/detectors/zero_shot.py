@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class ZeroShot(Detector):
 
     capabilities = frozenset({"image", "text"})
     remedy = "create it with backbone= and class_names= first"
+    least_classes: ClassVar[int] = 2
 
     @property
     def fitted(self) -> bool:
