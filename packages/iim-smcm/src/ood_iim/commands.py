@@ -177,7 +177,7 @@ def _settings(args: argparse.Namespace, backbone: Any) -> dict[str, dict[str, An
     from ood_iim.detectors import IIM
     from ood_iim.studies import STUDIES, within_grid
 
-    rows = study_options(STUDIES[args.study] if args.study else {"": {}}, dict(map(parse_param, args.param)), message)
+    rows = study_options(STUDIES[args.study] if args.study else {"": {}}, parse_params(args.param), message)
     rows = {label: _preset(args.protocol) | options for label, options in rows.items()}
     for options in rows.values():
         IIM().set_params(**options)  # a mistake shows here, not after a training

@@ -160,7 +160,7 @@ def _check_study(args: argparse.Namespace) -> None:
     if args.plot:
         new_figure(args.plot, "ood-mofe")  # to refuse what cannot be drawn at once
     for option, instead in _ELSEWHERE.items():
-        if option in dict(map(parse_param, args.param)):
+        if option in parse_params(args.param):
             raise UsageError(f"--param {option}= changes no row of a table: {instead}.")
 
 
