@@ -1,7 +1,10 @@
 """Every published pair of architecture and weights is built as its weights ask, without fetching any."""
 
 import copy
+import json
+import logging
 import math
+import warnings
 
 import open_clip
 import open_clip.factory
@@ -11,8 +14,10 @@ import pytest
 import timm
 import torch
 from ood_core import create_backbone
+from ood_core.errors import DataError, MissingDataError, UsageError
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 PAIRS = open_clip.list_pretrained()
@@ -149,3 +154,182 @@ def test_the_model_of_a_published_tag_is_the_one_that_its_weights_belong_to(name
     if "local" in backbone.capabilities:
         image, local = backbone.encode_dense(torch.zeros(1, 3, size, size))
         assert local.shape == (1, backbone.grid[0] * backbone.grid[1], image.shape[-1])
+
+
+# ---- towers that pool with attention
+
+
+def randomized(module):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    """One backbone of every kind of pool, with random weights."""
+    names = {"resnet": "RN50", "siglip": "ViT-B-16-SigLIP", "coca": "coca_ViT-B-32", "pe": "PE-Core-T-16-384"}
+    made = {kind: create_backbone(f"open_clip:{name}") for kind, name in names.items()}
+    for backbone in made.values():
+        randomized(backbone.model)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["resnet", "siglip", "coca", "pe"])
+def test_image_features_are_the_librarys_own(pooled, kind):
+    backbone = pooled[kind]
+    x = torch.randn(2, 3, *backbone.transform.crop)
+    expected = backbone.model.encode_image(x, normalize=False)
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(backbone.encode_image(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "coca", "pe"])
+def test_a_local_feature_is_what_the_pool_answers_to_that_patch_alone(pooled, kind):
+    backbone = pooled[kind]
+    x = torch.randn(2, 3, *backbone.transform.crop)
+    tokens = backbone.embed(x)
+    patches = tokens[:, tokens.shape[1] - backbone.grid[0] * backbone.grid[1] :]
+    alone = torch.stack([backbone._image_embedding(patches[:, [i]]) for i in range(patches.shape[1])], 1)
+    _, local = backbone.encode_dense(x, normalize=False)
+    torch.testing.assert_close(local, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_patch_grid_of_siglip_keeps_its_first_patch(pooled):
+    backbone = pooled["siglip"]
+    assert backbone.grid == (14, 14)
+    x = torch.zeros(1, 3, 224, 224)
+    x[..., :16, :16] = 3  # seen by the first patch before any block mixes them
+    trunk = backbone.model.visual.trunk
+    difference = (trunk.patch_embed(x) - trunk.patch_embed(torch.zeros_like(x))).norm(dim=-1)[0]
+    assert difference[0] > 0
+    assert difference[1:].max() < 1e-5
+    assert backbone.embed(x).shape[1] == 196
+
+
+def test_texts_of_coca_are_raw_when_asked(pooled):
+    backbone = pooled["coca"]
+    texts = ["a dog", "a photo of a great white shark"]
+    ids = backbone.tokenizer(texts)
+    expected = backbone.model.encode_text(ids, normalize=False)
+    torch.testing.assert_close(backbone.encode_text(texts, normalize=False), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected.norm(dim=-1), torch.ones(2))
+
+
+# ---- files, folders, names
+
+
+@pytest.fixture
+def weights(tmp_path):
+    file = tmp_path / "w.safetensors"
+    torch.manual_seed(1)
+    save_file(open_clip.create_model("ViT-B-16", load_weights=False).state_dict(), file)
+    return file
+
+
+def same_weights(backbone, file):
+    own = backbone.model.state_dict()
+    return all(torch.equal(own[name], value) for name, value in load_file(file).items())
+
+
+def test_a_file_by_relative_path_and_by_absolute_path(weights, monkeypatch):
+    assert same_weights(create_backbone(f"open_clip:ViT-B-16/{weights}"), weights)
+    monkeypatch.chdir(weights.parent)
+    assert same_weights(create_backbone("open_clip:ViT-B-16/w.safetensors"), weights)
+    assert same_weights(create_backbone("open_clip:ViT-B-16/./w.safetensors"), weights)
+
+
+def test_a_file_takes_the_preprocessing_that_all_published_weights_agree_on(tmp_path):
+    torch.save(open_clip.create_model("ViT-B-16-SigLIP", load_weights=False).state_dict(), tmp_path / "w.pt")
+    backbone = create_backbone(f"open_clip:ViT-B-16-SigLIP/{tmp_path}/w.pt")
+    assert backbone.transform.mean == (0.5, 0.5, 0.5)
+    assert backbone.transform.resize is None
+    assert {decision.what: decision.source for decision in backbone.decisions}["mean"].startswith("what all published")
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_the_option_decides_the_activation_of_a_file(weights, quick_gelu):
+    backbone = create_backbone(f"open_clip:ViT-B-16/{weights}?quick_gelu={str(quick_gelu).lower()}")
+    assert activations(backbone.model) == {QuickGELU if quick_gelu else nn.GELU}
+    assert backbone.decisions[0].source == "the option quick_gelu"
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        ("opnai", UsageError, "Did you mean 'openai'"),
+        ("none.pt", MissingDataError, r"none\.pt is not there"),
+        ("openai?quickgelu=true", UsageError, "Did you mean 'quick_gelu'"),
+        ("openai?quick_gelu=maybe", UsageError, "must be true or false"),
+        ("openai?quick_gelu", UsageError, r"written '\?quick_gelu=true'"),
+    ],
+)
+def test_wrong_names_are_named(end, error, message):
+    with pytest.raises(error, match=message):
+        create_backbone(f"open_clip:ViT-B-16/{end}")
+
+
+def folder(path, *, config=None, weights=True, **preprocess):
+    config = copy.deepcopy(config or open_clip.factory._MODEL_CONFIGS["ViT-B-16"])
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    if weights:
+        save_file(open_clip.create_model("ViT-B-16", load_weights=False).state_dict(), path / "model.safetensors")
+    return f"open_clip:local-dir:{path}"
+
+
+def test_a_folder_without_weights_is_no_random_network(tmp_path):
+    with pytest.raises(MissingDataError, match="holds no weights"):
+        create_backbone(folder(tmp_path, weights=False))
+
+
+def test_a_folder_whose_weights_have_another_size_is_refused(tmp_path):
+    config = copy.deepcopy(open_clip.factory._MODEL_CONFIGS["ViT-B-16"])
+    config["vision_cfg"]["image_size"] = 96
+    with pytest.raises(DataError, match=r"other shapes for visual\.positional_embedding \[197, 64\] instead of"):
+        create_backbone(folder(tmp_path, config=config))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_cfg": {}}'])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"open_clip_config\.json is no configuration"):
+        create_backbone(f"open_clip:local-dir:{tmp_path}")
+
+
+def test_a_repository_of_the_hub_without_weights_is_no_random_network(monkeypatch):
+    def missing(*args, **options):
+        raise FileNotFoundError("no such file")
+
+    config = {"model_cfg": open_clip.factory._MODEL_CONFIGS["ViT-B-16"]}
+    monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *_, **__: copy.deepcopy(config))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", missing)
+    with pytest.raises(MissingDataError, match="could not be loaded"):
+        create_backbone("open_clip:hf-hub:some/clip")
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_a_repository_of_the_hub_is_built_as_its_configuration_says(monkeypatch, quick_gelu):
+    config = {
+        "model_cfg": open_clip.factory._MODEL_CONFIGS["ViT-B-16"] | {"quick_gelu": quick_gelu},
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"},
+    }
+    monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *_, **__: copy.deepcopy(config))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", lambda *_, **__: "weights")
+    backbone = create_backbone("open_clip:hf-hub:some/clip")
+    assert activations(backbone.model) == {QuickGELU if quick_gelu else nn.GELU}
+    assert backbone.transform.mean == (0.5, 0.5, 0.5)
+    assert backbone.transform.resize is None
+    assert backbone.logit_scale == pytest.approx(SCALE)
+
+
+def test_warnings_of_the_library_reach_the_user(monkeypatch, caplog):
+    def warn(*args, **options):
+        warnings.warn("the SHA256 checksum does not match; re-downloading", UserWarning, stacklevel=1)
+        return "weights"
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", warn)
+    with caplog.at_level(logging.WARNING):
+        create_backbone("open_clip:ViT-B-16/laion2b_s34b_b88k")
+    assert "checksum does not match" in caplog.text

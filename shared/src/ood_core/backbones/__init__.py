@@ -84,6 +84,7 @@ def list_backbones() -> list[str]:
         "tiny",
         "open_clip:ViT-B-16/openai",
         "open_clip:NAME/TAG",
+        "open_clip:NAME/FILE",
         "open_clip:local-dir:FOLDER",
         "timm:vit_base_patch14_dinov2.lvd142m",
         "timm:NAME",
@@ -99,10 +100,10 @@ def create_backbone(
     """Load a backbone.
 
     Args:
-        spec: "tiny" (embedded, needs no network), "open_clip:ARCHITECTURE/TAG", "open_clip:ARCHITECTURE" (random
-            weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME/FILE", "timm:NAME" (random weights),
-            "hf:NAME_OR_FOLDER"; any of them with "+edit:FOLDER" behind it, which is the same as `edit=FOLDER`. Paths
-            in it are made absolute, so that what is saved with it works from any folder.
+        spec: "tiny" (embedded, needs no network), "open_clip:ARCHITECTURE/TAG", "open_clip:ARCHITECTURE/FILE",
+            "open_clip:ARCHITECTURE" (random weights), "open_clip:local-dir:FOLDER", "timm:NAME.TAG", "timm:NAME/FILE",
+            "timm:NAME" (random weights), "hf:NAME_OR_FOLDER"; any of them with "+edit:FOLDER" behind it, which is the
+            same as `edit=FOLDER`. Paths in it are made absolute, so that what is saved with it works from any folder.
         device: where it runs: "cpu", "cuda", "cuda:1", "mps", "xpu".
         dtype: precision of the weights: "auto" (what the environment variable OOD_DTYPE names; without it bfloat16
             on GPUs and on CPUs with bfloat16 instructions, float32 elsewhere), "float32", "bfloat16", "float16" or a
