@@ -66,6 +66,9 @@ class FewShot(ImageSource):
     def _stamp(self, item: int) -> str:
         return self.source._stamp(self.source._items[item])
 
+    def _identity(self, item: int) -> str:
+        return self.source._identity(self.source._items[item])
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write seed, shots and the ids of every class as JSON; the file is replaced at one stroke."""
         classes: list[dict[str, Any]] = [{"name": name, "ids": []} for name in self.label_names]

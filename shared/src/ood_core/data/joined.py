@@ -41,6 +41,10 @@ class JoinedSources(ImageSource):
         source = self.sources[item[0]]
         return source._stamp(source._items[item[1]])
 
+    def _identity(self, item: tuple[str, int]) -> str:
+        source = self.sources[item[0]]
+        return source._identity(source._items[item[1]])
+
 
 def _label(source: ImageSource, index: int) -> str | None:
     label = -1 if source.labels is None else source.labels[index]

@@ -21,7 +21,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -70,6 +70,19 @@ class ImageSource(ABC):
     @abstractmethod
     def _stamp(self, item: Any) -> str:
         """A text that changes when the item's bytes change, without reading them all."""
+
+    def _identity(self, item: Any) -> str:
+        """A text that is the same for the same image in every source that holds it, and in no other image."""
+        return self._stamp(item)
+
+    def content_keys(self, rows: Iterable[int] | None = None) -> np.ndarray:
+        """int64 [N], one number per image by which it is known again in other sources.
+
+        Args:
+            rows: which images; None for all.
+        """
+        chosen = range(len(self)) if rows is None else rows
+        return np.array([short_hash(self._identity(self._items[row]).encode()) for row in chosen], np.int64)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -161,6 +174,21 @@ def _unique(ids: Iterable[str]) -> list[str]:
     return ids
 
 
+def short_hash(content: bytes) -> int:
+    """64 bits of a digest, as a signed integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _real_path(path: PathLike) -> str:
+    folder, name = os.path.split(os.fspath(path))
+    return os.path.join(_real_folder(folder), name)
+
+
+@cache
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def _file_stamp(path: PathLike) -> str:
     try:
         info = os.stat(path)
@@ -184,6 +212,9 @@ class _Files(ImageSource):
 
     def _stamp(self, item: str) -> str:
         return _file_stamp(item)
+
+    def _identity(self, item: str) -> str:
+        return f"{_real_path(item)} {_file_stamp(item)}"
 
 
 class ImageFolder(_Files):
@@ -411,6 +442,9 @@ class ParquetImages(ImageSource):
 
     def _stamp(self, item: int) -> str:
         return f"{_file_stamp(self.file)} {self.split} {item}"
+
+    def _identity(self, item: int) -> str:
+        return f"{_real_path(self.file)} {_file_stamp(self.file)} {item}"
 
 
 def _column_names(file: str, image: str, label: str, id: str | None) -> list[str]:

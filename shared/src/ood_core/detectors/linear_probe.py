@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ood_core import _check, functional
 from ood_core.detectors.base import Detector
-from ood_core.detectors.logits import unsaturated_msp
-from ood_core.errors import DataError
+from ood_core.detectors.logits import check_trainable, unsaturated_msp
 from ood_core.features import FeatureSet
 
 __all__ = ["L2_GRID", "LinearProbe", "fit_logistic", "hold_out"]
@@ -60,7 +59,7 @@ class LinearProbe(Detector):
 
     def _fit(self, features: FeatureSet) -> None:
         x, labels = features.image.double(), self._class_labels(features)
-        _check_trainable(x, labels, self.class_names)
+        check_trainable(x, labels, self.class_names)
         present, labels = labels.unique(return_inverse=True)
         if len(present) < len(self.class_names):
             log.warning("%d classes have no image and are left out.", len(self.class_names) - len(present))
@@ -79,14 +78,6 @@ class LinearProbe(Detector):
 
     def _predict(self, features: FeatureSet) -> Tensor:
         return self.logits(features).argmax(1)
-
-
-def _check_trainable(x: Tensor, labels: Tensor, class_names: list[str]) -> None:
-    if len(labels.unique()) < 2:
-        only = class_names[labels[0]]
-        raise DataError(f"A linear probe needs at least two classes; the images are all {only!r}.")
-    if (x == x[0]).all():
-        raise DataError(f"All {len(x)} training features are the same: there is nothing to tell the classes apart by.")
 
 
 def fit_logistic(

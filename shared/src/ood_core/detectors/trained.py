@@ -42,6 +42,7 @@ class TrainedDetector(Detector):
         if doubled and names != list(images.label_names):
             raise DataError(f"Class names {doubled[:5]} are given twice: labels cannot tell them apart. Rename one.")
         labels = self._class_labels(_described(images))
+        self._remember(images)
         if len(self.class_names) < 2:
             raise UsageError(
                 f"{self.name!r} needs at least two classes, got {self.class_names}: a softmax over one is always 1."
