@@ -63,11 +63,11 @@ class FewShot(ImageSource):
     def _read(self, item: int, name: str, max_pixels: int) -> Image.Image:
         return self.source.open(item, max_pixels=max_pixels)
 
-    def _stamp(self, item: int) -> str:
-        return self.source._stamp(self.source._items[item])
-
     def _identity(self, item: int) -> str:
         return self.source._identity(self.source._items[item])
+
+    def _stamp(self, item: int) -> str:
+        return self.source._stamp(self.source._items[item])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write seed, shots and the ids of every class as JSON; the file is replaced at one stroke."""

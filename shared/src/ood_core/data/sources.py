@@ -71,19 +71,6 @@ class ImageSource(ABC):
     def _stamp(self, item: Any) -> str:
         """A text that changes when the item's bytes change, without reading them all."""
 
-    def _identity(self, item: Any) -> str:
-        """A text that is the same for the same image in every source that holds it, and in no other image."""
-        return self._stamp(item)
-
-    def content_keys(self, rows: Iterable[int] | None = None) -> np.ndarray:
-        """int64 [N], one number per image by which it is known again in other sources.
-
-        Args:
-            rows: which images; None for all.
-        """
-        chosen = range(len(self)) if rows is None else rows
-        return np.array([short_hash(self._identity(self._items[row]).encode()) for row in chosen], np.int64)
-
     def __len__(self) -> int:
         """The number of images."""
         return len(self.ids)
@@ -100,6 +87,19 @@ class ImageSource(ABC):
             ImageError: it cannot be decoded or has more than `max_pixels`; the message names it and says why.
         """
         return self._read(self._items[index], self.ids[index], max_pixels)
+
+    def _identity(self, item: Any) -> str:
+        """A text that is the same for the same image in every source that holds it, and in no other image."""
+        return self._stamp(item)
+
+    def content_keys(self, rows: Iterable[int] | None = None) -> np.ndarray:
+        """int64 [N], one number per image by which it is known again in other sources.
+
+        Args:
+            rows: which images; None for all.
+        """
+        chosen = range(len(self)) if rows is None else rows
+        return np.array([short_hash(self._identity(self._items[row]).encode()) for row in chosen], np.int64)
 
     def subset(self, indices: Any) -> Self:
         """The images at `indices` (integers, a slice or a boolean mask), in that order, labels unchanged.
@@ -210,11 +210,11 @@ class _Files(ImageSource):
     def _read(self, item: str, name: str, max_pixels: int) -> Image.Image:
         return decode(item, max_pixels=max_pixels)
 
-    def _stamp(self, item: str) -> str:
-        return _file_stamp(item)
-
     def _identity(self, item: str) -> str:
         return f"{_real_path(item)} {_file_stamp(item)}"
+
+    def _stamp(self, item: str) -> str:
+        return _file_stamp(item)
 
 
 class ImageFolder(_Files):
@@ -440,11 +440,11 @@ class ParquetImages(ImageSource):
             raise ImageError(f"Image {name!r} cannot be read: row {item} holds no bytes.")
         return decode(data, name=name, max_pixels=max_pixels)
 
-    def _stamp(self, item: int) -> str:
-        return f"{_file_stamp(self.file)} {self.split} {item}"
-
     def _identity(self, item: int) -> str:
         return f"{_real_path(self.file)} {_file_stamp(self.file)} {item}"
+
+    def _stamp(self, item: int) -> str:
+        return f"{_file_stamp(self.file)} {self.split} {item}"
 
 
 def _column_names(file: str, image: str, label: str, id: str | None) -> list[str]:
