@@ -233,6 +233,18 @@ def test_decisions_and_p_values_follow_from_the_scores(ready, folders):
     assert ((expected > 0) & (expected <= 1)).all()
 
 
+def test_images_it_was_fitted_on_set_no_threshold_of_it_or_of_what_is_loaded(ready, tiny, folders):
+    detector, held = copy.deepcopy(ready.detector), ready.features["held"]
+    learns = not isinstance(detector, ZeroShot)
+    for one in (detector, Detector.from_pretrained(ready.fitted, backbone=tiny)):
+        for data in (ready.features["train"], ImageFolder(folders["train"])):
+            if learns:
+                with pytest.raises(DataError, match="24 of the 24 calibration images are among those"):
+                    one.calibrate(data)
+            assert one.calibrate(data, allow_overlap=True).threshold is not None
+        assert one.calibrate(held).threshold is not None
+
+
 # ---- saved, loaded, copied, fitted again
 
 
@@ -293,7 +305,7 @@ def test_features_are_not_changed(ready):
     detector = copy.deepcopy(ready.detector)
     if not detector.fits_on_images:
         detector.fit(features)
-    detector.calibrate(features)
+    detector.calibrate(features, allow_overlap=True)
     for call in (detector.score_features, detector.predict, detector.is_ood, detector.p_value):
         call(features)
     assert (features.ids, features.label_names) == (before.ids, before.label_names)

@@ -1103,10 +1103,11 @@ def test_timm_transform_is_the_library_own(options, resize):
     torch.testing.assert_close(transform(image), library(image), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 def test_open_clip_transform_is_the_library_own(mode):
     model = clip_model(layers=1)
-    cfg = open_clip.transform.PreprocessCfg(size=(32, 32), resize_mode=mode, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    asked = {"size": (32, 32), "resize_mode": mode, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "fill_color": 90}
+    cfg = open_clip.transform.PreprocessCfg(**asked)
     open_clip.transform.merge_preprocess_dict(cfg, {})
     open_clip.model.set_model_preprocess_cfg(model, open_clip.transform.asdict(cfg))
     library = open_clip.transform.image_transform_v2(cfg, is_train=False)

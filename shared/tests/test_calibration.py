@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ood_core import create_detector, evaluate
+from ood_core import Fusion, create_detector, evaluate
 from ood_core.calibration import (
     Calibration,
     benjamini_hochberg,
@@ -17,10 +17,12 @@ from ood_core.calibration import (
     threshold_at,
     tpr_interval,
 )
-from ood_core.data import ImageFolder, scenes
+from ood_core.data import ImageFolder, Manifest, scenes
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, NotFittedError, UsageError
+from ood_core.evaluation import calibrate_detectors
 from ood_core.features import FeatureSet, extract
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
@@ -334,3 +336,115 @@ def test_least_calibration_and_repetition():
     with pytest.raises(DataError, match="19 calibration images are too few"):
         Calibration.of(torch.arange(19.0), 0.95)
     assert Calibration.of(torch.arange(20.0), 0.95).threshold == 1.0
+
+
+# ---- what cannot be calibrated on
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf])
+def test_infinite_calibration_scores_are_refused_and_counted(value):
+    scores = torch.linspace(0, 1, 40)
+    scores[[3, 17]] = value
+    with pytest.raises(DataError, match="2 of 40 calibration scores are infinite"):
+        FirstColumn().calibrate(scores)
+    with pytest.raises(DataError, match="2 of 40"):
+        FirstColumn().calibrate(set_of(scores.numpy()))
+    known = FirstColumn().calibrate(torch.linspace(0, 1, 40))
+    assert known.is_ood(scores[[3, 17]]).tolist() == [value < 0] * 2
+
+
+def test_constant_calibration_scores_are_refused_with_their_number_and_value():
+    with pytest.raises(DataError, match=r"All 30 calibration scores are 0\.25"):
+        FirstColumn().calibrate(torch.full((30,), 0.25))
+    FirstColumn().calibrate(torch.cat([torch.full((29,), 0.25), torch.tensor([0.5])]))
+
+
+# ---- held-out images
+
+
+class Mean(Detector):
+    """Learns the mean of the features; the score is minus the distance to it."""
+
+    name = "mean"
+
+    def _fit(self, features):
+        self.state = {"mean": features.image.mean(0)}
+
+    def _score(self, features):
+        return -(features.image - self.state["mean"]).norm(dim=1)
+
+
+def random_set(images, seed, **fields):
+    generator = torch.Generator().manual_seed(seed)
+    return FeatureSet(ids=[str(i) for i in range(images)], image=torch.randn(images, 4, generator=generator), **fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"source": "abc"}])
+def test_fitted_features_cannot_set_the_threshold(fields):
+    features = random_set(100, 0, **fields)
+    detector = Mean().fit(features[:60])
+    with pytest.raises(DataError, match=r"20 of the 60 calibration images are among those that 'mean' was fitted on"):
+        detector.calibrate(features[40:])
+    assert detector.threshold is None
+    detector.calibrate(features[60:])
+    detector.calibrate(random_set(100, 1, **({"source": "other"} if fields else {})))  # same ids, other images
+    assert detector.calibrate(features[40:], allow_overlap=True).threshold is not None
+    detector.calibrate(torch.linspace(0, 1, 40))
+    others = random_set(100, 3)
+    detector.fit(others)  # forgets the first
+    with pytest.raises(DataError, match="100 of the 100"):
+        detector.calibrate(others)
+    detector.calibrate(features)
+
+
+def test_fitted_images_are_known_again_in_every_source_that_holds_them(small_backbone, tmp_path):
+    folder = scenes.write_folder(scenes.render(sorted(scenes.ID_CLASSES)[:3], 24, seed=1), tmp_path / "images")
+    source = ImageFolder(folder)
+    first, second = (source.subset(slice(start, None, 2)) for start in (0, 1))
+    detector = create_detector("knn", backbone=small_backbone)
+    detector.fit(extract(small_backbone, first, {"image"}))
+    detector.calibrate(second).save_pretrained(tmp_path / "saved")
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("path,id\n" + "".join(f"images/{id},{i}\n" for i, id in enumerate(first.ids)))
+    one_class = folder / sorted(scenes.ID_CLASSES)[0]
+    for known in (detector, Detector.from_pretrained(tmp_path / "saved", backbone=small_backbone)):
+        for overlapping, count in (
+            (folder, "36 of the 72"),
+            (source.subset(slice(20)), "10 of the 20"),
+            (extract(small_backbone, first, {"image"}, batch_size=3), "36 of the 36"),
+            (Manifest(manifest), "36 of the 36"),
+            (ImageFolder(one_class), "12 of the 24"),
+        ):
+            with pytest.raises(DataError, match=count):
+                known.calibrate(overlapping)
+        known.calibrate(folder, allow_overlap=True)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved["fitted_on"].dtype == torch.int64
+    assert saved["fitted_on"].shape == (36,)
+    clusters = create_detector("mahalanobis", backbone=small_backbone).fit(extract(small_backbone, second, {"image"}))
+    fusion = Fusion([detector, clusters])
+    for name, overlapping in (("knn", first), ("mahalanobis", second)):
+        with pytest.raises(DataError, match=f"'{name}' was fitted on"):
+            fusion.calibrate(overlapping)
+        with pytest.raises(DataError, match=f"'{name}' was fitted on"):
+            calibrate_detectors({"fusion": fusion}, overlapping)
+    calibrate_detectors({"fusion": fusion}, first, allow_overlap=True)
+    with pytest.raises(DataError, match="36 of the 72"):
+        evaluate(detector, id=folder, ood={"same": folder}, calibrate=folder)
+
+
+def test_detectors_that_learn_nothing_from_images_take_any(small_backbone, image_folder):
+    features = extract(small_backbone, image_folder)
+    names = ["striped star", "dotted ring", "brick square", "glossy circle"]
+    for name in ("mcm", "msp", "energy"):
+        detector = create_detector(name, backbone=small_backbone, class_names=names)
+        assert detector.fit(features).calibrate(features).threshold is not None
+
+
+def test_images_in_memory_are_known_by_their_pixels(small_backbone):
+    images = [Image.effect_noise((16, 16), 60 + i).convert("RGB") for i in range(45)]
+    features = extract(small_backbone, images[:25], {"image"})
+    detector = create_detector("knn", backbone=small_backbone).fit(features)
+    with pytest.raises(DataError, match="5 of the 25"):
+        detector.calibrate(images[20:])
+    detector.calibrate(images[25:])

@@ -8,8 +8,9 @@ from importlib.metadata import EntryPoint
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from ood_core import create_backbone, create_detector, extract
-from ood_core.cli import main
+from ood_core.cli import common, main
 from ood_core.data import scenes
 from ood_core.detectors.base import Detector
 from ood_core.fusion import Fusion
@@ -186,6 +187,35 @@ def test_decisions_by_class_need_a_calibrated_detector_that_classifies(data, tmp
     code, _, err = run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", "--by-class")
     assert code == 2
     assert "'knn' has no predicted class for these data" in err
+
+
+def test_calibrating_on_the_images_that_were_fitted_is_refused(data, tmp_path, capsys):
+    many = scenes.write_folder(scenes.render(CLASSES, 12, seed=3), tmp_path / "many")
+    sources = ["--fit", many, "--id", many]
+    fused = ["fuse", "--detector", "knn", "mahalanobis", *sources]
+    evaluated = ["evaluate", "--detector", "knn", *sources, "--ood", f"a={data / 'noise'}", "--calibrate", many]
+    for command in (["calibrate", "--detector", "knn", *sources], fused, evaluated):
+        code, _, err = run(capsys, *command, "--out", tmp_path / "out")
+        assert code == 3
+        assert f"of the {12 * len(CLASSES)} calibration images are among those that 'knn' was fitted on" in err
+        assert "--allow-overlap" in err
+        assert not (tmp_path / "out").exists()
+    for command in (["calibrate", "--detector", "knn", *sources], fused, evaluated):
+        assert run(capsys, *command, "--allow-overlap", "--out", tmp_path / command[0])[0] == 0
+    code, _, err = run(capsys, "calibrate", "--detector", tmp_path / "calibrate", "--id", many, "--out", tmp_path / "x")
+    assert code == 3
+    assert "was fitted on" in err
+
+
+def test_saved_detectors_are_loaded_in_their_precision(data, tmp_path, capsys, monkeypatch):
+    given = ["--detector", "knn", "--fit", data / "fit", "--id", data / "val", "--out", tmp_path / "knn"]
+    assert run(capsys, "calibrate", *given, "--dtype", "bfloat16")[0] == 0
+    loaded = []
+    plain = common.load_backbone
+    monkeypatch.setattr(common, "load_backbone", lambda *args: loaded.append(plain(*args)) or loaded[-1])
+    for options, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+        assert run(capsys, "score", data / "noise", "--detector", tmp_path / "knn", *options)[0] == 0
+        assert loaded[-1].dtype == dtype
 
 
 def test_calibrated_detector_is_saved_and_decides(data, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Every detector: fitting, scoring, calibration, p-values, options, saving and loading; each against its equation."""
 
+import copy
 import errno
 import json
 import unicodedata
@@ -11,14 +12,15 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from ood_core import create_detector, detectors, functional, list_detectors
+from ood_core import ImageFolder, create_backbone, create_detector, detectors, functional, list_detectors
 from ood_core.detectors import broken_detectors, detector_class
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, WriteError
-from ood_core.features import extract
+from ood_core.features import FeatureSet, extract
 from ood_core.metrics import auroc
 from PIL import Image
 from safetensors import SafetensorError
+from scipy.stats import spearmanr
 
 CORE = ["energy", "gen", "gl_mcm", "knn", "linear_probe", "mahalanobis", "max_logit", "mcm", "msp", "r_mcm", "vim"]
 CLASSES = ["striped star", "dotted ring", "brick square", "glossy circle"]
@@ -103,13 +105,13 @@ def test_calibration_threshold_decision_and_p_values(ready, features):
     assert ready.is_ood([-1.0, 2.0]).tolist() == [True, False]
     written = [(1 + int((scores <= s).sum())) / 41 for s in (-1.0, 0.0, 0.3333, 2.0)]
     torch.testing.assert_close(ready.p_value([-1.0, 0.0, 0.3333, 2.0]), torch.tensor(written))
-    ready.calibrate(features)
+    ready.calibrate(features, allow_overlap=True)
     assert torch.equal(ready.is_ood(features), ready.score_features(features) < ready.threshold)
     assert ready.is_ood(features).dtype == torch.bool
 
 
 def test_saved_and_loaded_is_the_same(ready, features, small_backbone, tmp_path):
-    ready.calibrate(features)
+    ready.calibrate(features, allow_overlap=True)
     ready.save_pretrained(tmp_path / "saved")
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
     for loaded in (
@@ -279,6 +281,161 @@ def test_two_class_probe_equals_scikit_learn(clustered):
     expected = LogisticRegression(C=10.0, max_iter=2000).fit(train.image.double().numpy(), train.labels.numpy())
     probability = expected.predict_proba(clustered(1).image.double().numpy()).max(1)
     np.testing.assert_allclose(detector.score_features(clustered(1)).numpy(), probability, rtol=1e-4)
+
+
+def wide_clusters(images, seed, *, far=False):
+    """Unit vectors of 512 dimensions around 8 directions, or other 8, of the same noise."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.linalg.qr(torch.randn(512, 16, generator=torch.Generator().manual_seed(0)))[0].T
+    labels = torch.arange(images) % 8
+    x = centres[labels + 8 * far] + 0.05 * torch.randn(images, 512, generator=generator)
+    return FeatureSet(
+        ids=[f"{seed}-{i}" for i in range(images)],
+        labels=labels,
+        label_names=[f"class {i}" for i in range(8)],
+        image=F.normalize(x, dim=-1),
+    )
+
+
+@pytest.mark.parametrize("images", [128, 256, 300, 1000])
+def test_vim_keeps_a_residual_space_that_few_images_can_tell(images, caplog):
+    train, test, far = wide_clusters(images, 1), wide_clusters(400, 2), wide_clusters(400, 3, far=True)
+    detector = create_detector("vim").fit(train)
+    assert auroc(detector.score_features(test), detector.score_features(far)) > 0.99
+    null_space, origin = detector.state["null_space"], detector.state["origin"]
+    assert null_space.shape == (512, 512 - min(256, images // 4))
+    assert f"{images} images support" in caplog.text
+    # of new images it is as large as of those it was learned from, nearly
+    fitted, new = (((x.image.double() - origin) @ null_space).norm(dim=1).mean() for x in (train, test))
+    assert fitted / new > 0.6
+    asked = create_detector("vim", dimension=256).fit(train)
+    assert torch.equal(asked.state["null_space"], null_space)
+
+
+def test_vim_refuses_features_without_a_residual(clustered):
+    train = clustered()
+    copies = train[torch.arange(5).repeat(24) * 24]  # five images, 24 times each
+    with pytest.raises(DataError, match="have no more than 5 dimensions"):
+        create_detector("vim", dimension=5).fit(copies)
+    flat = replace(train, image=F.normalize(train.image * (torch.arange(10) < 4), dim=-1))
+    with pytest.raises(DataError, match=r"have no more than 4 dimensions.*smaller dimension"):
+        create_detector("vim", dimension=4).fit(flat)
+
+
+def test_vim_scales_the_residual_by_logits_of_any_sign(clustered, caplog):
+    """Negative cosines: a direction that all images have and all texts have not."""
+    train, test, far = (
+        replace(one, image=F.normalize(torch.cat([one.image, torch.ones(120, 1)], 1)))
+        for one in (clustered(), clustered(1), clustered(2, far=True))
+    )
+    detector = create_detector("vim", head="zero_shot", dimension=4)
+    detector.state = {"weight": torch.eye(3, 11) - 5 * torch.eye(11)[10], "bias": torch.zeros(3)}
+    detector.fit(replace(train, labels=None))
+    assert "would switch the residual off" in caplog.text
+    residual = ((train.image.double() - detector.state["origin"]) @ detector.state["null_space"]).norm(dim=1).mean()
+    logits = detector.logits(train).double()
+    assert logits.max() < 0
+    torch.testing.assert_close(detector.state["alpha"], (logits.amax(1) - logits.mean(1)).mean() / residual)
+    assert auroc(detector.score_features(test), detector.score_features(far)) > 0.95
+    detector.state = {"weight": torch.ones(3, 11), "bias": torch.zeros(3)}
+    detector.state["weight"] *= -1
+    with pytest.raises(DataError, match="logits of all 3 classes are equal"):
+        detector.fit(train)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-8])
+def test_mahalanobis_refuses_classes_without_scatter(clustered, noise):
+    train = clustered()
+    one_each = train[[0, 40, 80]]
+    equal = replace(train, image=train.image[train.labels * 40] + noise * torch.randn(120, 10))
+    for features in (one_each, equal):
+        with pytest.raises(DataError, match=r"No class has two different images.*at least two images per class"):
+            create_detector("mahalanobis").fit(features)
+    detector = create_detector("mahalanobis").fit(train[[0, 1, 40, 80]])
+    assert len(detector.score_features(train).unique()) > 100
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "vim", "msp", "energy", "linear_probe"])
+def test_constant_features_are_refused(name, clustered):
+    constant = replace(clustered(), image=clustered().image[:1].expand(120, -1))
+    with pytest.raises(DataError, match=r"all the same|are the same|No class has two different"):
+        create_detector(name).fit(constant)
+
+
+def test_knn_on_constant_features_is_the_distance_to_them(clustered):
+    constant = replace(clustered(), image=clustered().image[:1].expand(120, -1))
+    detector = create_detector("knn").fit(constant)
+    assert (detector.score_features(constant) == 0).all()
+    written = -(clustered(1).image - constant.image[0]).norm(dim=1)
+    torch.testing.assert_close(detector.score_features(clustered(1)), written, rtol=1e-5, atol=1e-6)
+    with pytest.raises(DataError, match=r"All 120 calibration scores are -?0"):
+        detector.calibrate(replace(constant, ids=[f"new {i}" for i in range(120)], source="elsewhere"))
+
+
+def test_detectors_tell_confident_images_apart(clustered, small_backbone, features):
+    probe = create_detector("msp", head="probe", probe_c=1e9).fit(clustered())
+    scaled = copy.deepcopy(probe)
+    scaled.state["weight"] *= 50
+    scaled.state["bias"] *= 50
+    logits = scaled.logits(clustered(1)).double()
+    top, index = logits.max(1, keepdim=True)
+    odds = top[:, 0] - logits.scatter(1, index, -torch.inf).logsumexp(1)
+    assert functional.msp(logits.float()).unique().numel() < 60
+    scores = scaled.score_features(clustered(1))
+    assert spearmanr(scores, odds).statistic > 1 - 1e-6
+    linear = create_detector("linear_probe").fit(clustered())
+    linear.state |= {name: scaled.state[name] for name in ("weight", "bias")}
+    torch.testing.assert_close(linear.score_features(clustered(1)), scores)
+    for name in ("mcm", "gl_mcm", "r_mcm"):
+        cold = create_detector(name, backbone=small_backbone, class_names=CLASSES, temperature=1e-5)
+        assert cold.score_features(features).unique().numel() == len(features)
+    with pytest.raises(ValueError, match="local_weight=-1"):
+        create_detector("gl_mcm", local_weight=-1)
+
+
+# ---- precision
+
+
+def test_a_detector_keeps_the_precision_it_was_fitted_in(image_folder, tmp_path, caplog):
+    half = create_backbone("tiny", dtype="bfloat16")
+    features = extract(half, image_folder, {"image"})
+    assert features.dtype == features[:3].dtype == "bfloat16"
+    for name, options in (("knn", {}), ("mcm", {"class_names": CLASSES})):
+        detector = create_detector(name, backbone=half, **options).fit(features)
+        detector.save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["backbone"]["dtype"] == "bfloat16"
+        for loaded in (
+            Detector.from_pretrained(tmp_path / name),
+            Detector.from_pretrained(tmp_path / name, backbone="tiny"),
+        ):
+            assert loaded.backbone.dtype == torch.bfloat16
+            assert torch.equal(loaded.score(image_folder), detector.score(image_folder))
+    assert not caplog.text
+    full = create_backbone("tiny", dtype="float32")
+    other = Detector.from_pretrained(tmp_path / "knn", backbone=full)
+    assert "'tiny' computes in float32: scores move by up to 0.08 to 0.33 standard deviations" in caplog.text
+    other.save_pretrained(tmp_path / "again")
+    assert Detector.from_pretrained(tmp_path / "again").backbone.dtype == torch.bfloat16
+    caplog.clear()
+    in_full = extract(full, image_folder, {"image"})
+    alone = create_detector("knn").fit(features)  # known from the features
+    for _ in range(2):
+        alone.score_features(in_full)
+    assert caplog.text.count("knn was made in bfloat16 and these features are in float32") == 1
+    other.fit(in_full).save_pretrained(tmp_path / "again")
+    assert Detector.from_pretrained(tmp_path / "again").backbone.dtype == torch.float32
+
+
+def test_single_images_in_half_precision_are_warned_of(image_folder, caplog):
+    one = ImageFolder(image_folder).subset([0])
+    for dtype in ("float32", "bfloat16"):
+        detector = create_detector("mcm", backbone=create_backbone("tiny", dtype=dtype), class_names=CLASSES)
+        detector.score(one)
+        detector.calibrate(image_folder).score(image_folder)
+        assert not caplog.text
+        for _ in range(2):
+            detector.is_ood(one)
+    assert caplog.text.count("decides on a single image in bfloat16") == 1
 
 
 def test_knn_caps_a_small_bank_and_says_so(clustered, caplog):

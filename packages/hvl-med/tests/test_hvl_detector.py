@@ -107,6 +107,25 @@ def test_scores_are_those_of_the_equations(trained, features):
         assert torch.equal(detector.predict(features), predicted)
 
 
+def test_confident_images_are_told_apart_by_what_remains_to_1(trained, features, monkeypatch):
+    gaps = torch.linspace(3, 80, 20)
+    logits = torch.stack([gaps, torch.zeros(20), -gaps], 1)
+    p = logits.softmax(1)
+    assert p.amax(1).unique().numel() < 10
+    for kept in (1.0, 0.75):  # the paper's mean counts dropped tiles as zeros
+        mean = p * (2 + kept) / 3
+        monkeypatch.setattr(type(trained), "_combined", lambda *_, mean=mean: (mean, mean.amax(1), mean.argmax(1)))
+        found = trained.score_features(features)
+        if kept < 1:
+            assert torch.equal(found, mean.amax(1))
+            continue
+        remaining = logits.double().softmax(1)[:, 1:].sum(1)
+        tail = 1 - 2**-10 + 2**-10 * (2**-10 / remaining).log()
+        written = torch.where(remaining < 2**-10, tail, 1 - remaining)
+        torch.testing.assert_close(found.double(), written, rtol=0, atol=1e-6)
+        assert (found.diff() > 0).all()
+
+
 def test_training_learns_the_classes(small_backbone, features):
     rng = torch.Generator().manual_seed(0)
     prototypes = torch.randn(4, 1, 12, generator=rng)[features.labels]
@@ -198,7 +217,7 @@ def test_the_eight_turns_are_the_symmetries_of_the_square(source):
 
 
 def test_saved_and_loaded(trained, features, small_backbone, tmp_path):
-    trained.calibrate(features)
+    trained.calibrate(features, allow_overlap=True)
     trained.save_pretrained(tmp_path)
     loaded = HVL.from_pretrained(tmp_path, backbone=small_backbone)
     assert torch.equal(loaded.score_features(features), trained.score_features(features))

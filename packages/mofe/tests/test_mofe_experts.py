@@ -416,3 +416,28 @@ class TestBadInput:
         assert len(StackedExperts(**given)) == 2
         with pytest.raises(ValueError, match=words):
             StackedExperts(**(given | change))
+
+
+def test_text_and_head_scores_keep_the_exact_order_where_float32_ends():
+    from ood_mofe.functional import unsaturated_atd, unsaturated_ctw, unsaturated_mos
+
+    gaps = torch.linspace(-150, 150, 61)
+    groups = [torch.stack([gaps, torch.zeros(61)], 1), torch.tensor([[0.0, 200.0]]).repeat(61, 1)]
+    plain, found = mos(groups), unsaturated_mos(groups)
+    assert plain.unique().numel() < 40
+    assert (found.diff() > 0).all()  # more logit of a class, less of "others"
+    ordinary = (gaps > -6) & (gaps < 80)
+    assert torch.equal(found[ordinary], plain[ordinary])
+    # from 1/2 on to where float32 rounds to 1, by the sine of the angle between image and "no"
+    angle = torch.linspace(0, 1.5, 40)
+    image, yes = torch.tensor([[1.0, 0.0]]).repeat(40, 1), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for score, name in ((unsaturated_ctw, "ctw"), (unsaturated_atd, "atd")):
+        found = torch.cat(
+            [
+                score(i[None], yes, torch.stack([torch.stack([a.cos(), a.sin()]), -yes[1]]))
+                for i, a in zip(image, angle, strict=True)
+            ]
+        )
+        assert (found.diff() > 0).all(), name
+        assert found[0] == pytest.approx(0.5, abs=1e-6)
+        assert found[-1] > 1

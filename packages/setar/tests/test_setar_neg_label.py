@@ -434,6 +434,24 @@ class TestDetector:
             create_detector("neg_label", backbone=backbone)
 
 
+def test_clear_cases_are_told_apart_by_what_remains_to_1(backbone):
+    detector = make(backbone, logit_scale=1000.0)
+    generator = torch.Generator().manual_seed(0)
+    text, negatives = detector.state["text"], detector.state["negatives"]
+    image = F.normalize(text[torch.arange(40) % len(text)] + 0.02 * torch.randn(40, 1, generator=generator), dim=-1)
+    found = detector.score_features(FeatureSet(ids=[str(i) for i in range(40)], image=image))
+    plain = neg_label(image, text, negatives, logit_scale=1000.0, groups=detector.groups)
+    groups = (1000 * image.double() @ negatives.double().T)[:, : len(negatives) // detector.groups * detector.groups]
+    odds = (1000 * image.double() @ text.double().T).logsumexp(1, keepdim=True)
+    odds = odds - groups.unflatten(1, (detector.groups, -1)).logsumexp(2)
+    remaining = F.logsigmoid(-odds).logsumexp(1) - math.log(detector.groups)
+    assert plain.unique().numel() < found.unique().numel()
+    order = remaining.argsort(descending=True)
+    assert (found[order].diff() >= -1e-6).all()
+    ordinary = remaining > math.log(2**-10)
+    torch.testing.assert_close(found[ordinary], plain[ordinary])
+
+
 def test_examples_of_the_docstrings():
     result = doctest.testmod(ood_setar.neg_label, verbose=False)
     assert result.attempted

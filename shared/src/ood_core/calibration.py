@@ -271,10 +271,11 @@ class Calibration:
 
         Raises:
             ValueError: `tpr` out of range.
-            DataError: fewer than 20 scores.
+            DataError: fewer than 20 scores, infinite ones, or all the same.
         """
         check_tpr(tpr)
         check_enough(len(scores))
+        _check_told_apart(scores)
         ordered, order = scores.sort(stable=True)
         classes = None if classes is None else classes[order]
         return cls(ordered, threshold_at(ordered, tpr), float(tpr), classes, data_hash)
@@ -352,6 +353,20 @@ class Calibration:
             "confidence": CONFIDENCE,
             "data_hash": self.data_hash,
         }
+
+
+def _check_told_apart(scores: Tensor) -> None:
+    """Refuse scores that set no threshold: any infinite one, or all the same."""
+    if infinite := int((~scores.isfinite()).sum()):
+        raise DataError(
+            f"{infinite} of {len(scores)} calibration scores are infinite or no number: a threshold among them would "
+            "accept everything or nothing. Leave these images out, or use another score."
+        )
+    if bool((scores == scores[0]).all()):
+        raise DataError(
+            f"All {len(scores)} calibration scores are {float(scores[0]):g}: a score that tells no ID images apart has "
+            "no threshold. Check what the detector was fitted on, or use another score."
+        )
 
 
 def check_enough(n: int) -> None:

@@ -107,6 +107,7 @@ def evaluate(
     ood: Mapping[str, Data],
     fit: Data | None = None,
     calibrate: Data | None = None,
+    allow_overlap: bool = False,
     convention: str = "standard",
     bootstrap: int = 0,
     seed: int = 0,
@@ -123,6 +124,7 @@ def evaluate(
         ood: name -> OOD set ("id" is taken).
         fit: labelled ID training images for detectors that are not fitted yet.
         calibrate: held-out ID images that set every detector's threshold.
+        allow_overlap: let these be images that a detector was fitted on, too (see `Detector.calibrate`).
         convention: of the FPR, see `metrics.fpr_at_tpr`.
         bootstrap: replicates for 95 % intervals; 0 for none.
         seed: of the bootstrap.
@@ -149,7 +151,7 @@ def evaluate(
     started = time.monotonic()
     fit_detectors(named, fit, **extraction)
     if calibrate is not None:
-        calibrate_detectors(named, calibrate, **extraction)
+        calibrate_detectors(named, calibrate, allow_overlap=allow_overlap, **extraction)
     scored = {name: score(named, data, source=name, **extraction) for name, data in sets.items()}
     scores = ScoreTable.concatenate(table for table, _ in scored.values())
     metrics = {
@@ -356,14 +358,25 @@ def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extrac
             detector.fit(features)
 
 
-def calibrate_detectors(detectors: Mapping[str, Detector], data: Data, *, tpr: float = 0.95, **extraction: Any) -> None:
+def calibrate_detectors(
+    detectors: Mapping[str, Detector],
+    data: Data,
+    *,
+    tpr: float = 0.95,
+    allow_overlap: bool = False,
+    **extraction: Any,
+) -> None:
     """Set every detector's threshold on held-out ID images, encoded once per backbone.
 
     Args:
         detectors: by name, fitted.
         data: ID images or features.
         tpr: share of them to accept.
+        allow_overlap: take images that a detector was fitted on, too (see `Detector.calibrate`).
         **extraction: for `extract`.
+
+    Raises:
+        DataError: images that a detector was fitted on, or what `Detector.calibrate` raises.
     """
     leaves = _leaves(detectors)
     unique = _unique(leaves, detectors)
@@ -371,8 +384,10 @@ def calibrate_detectors(detectors: Mapping[str, Detector], data: Data, *, tpr: f
     tables, data_hash = [], ""
     for group, parts in _features_per_backbone(unique, data, extraction):
         features = FeatureSet.concatenate(list(parts))
+        for leaf in group.values() if not allow_overlap else ():
+            leaf._check_held_out(features)
         for leaf in (leaf for path, leaf in group.items() if path in detectors):
-            leaf.calibrate(features, tpr)
+            leaf.calibrate(features, tpr, allow_overlap=True)
         if members := [path for path, leaf in group.items() if id(leaf) in shared]:
             tables.append(ScoreTable.of(features, {p: checked_scores(p, group[p], features) for p in members}))
         data_hash = features_hash(features.source, features.ids)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ood_core._files import write_atomically, write_json
 from ood_core.backbones.base import FEATURES, Backbone
 from ood_core.data import load_batches, open_source
-from ood_core.data.sources import ImageSource
+from ood_core.data.sources import ImageSource, short_hash
 from ood_core.errors import DataError, ImageError, UsageError
 
 __all__ = ["FeatureSet", "extract", "stream"]
@@ -47,6 +47,8 @@ class FeatureSet:
         backbone: spec of the backbone.
         fingerprint: the backbone's.
         source: fingerprint of the image source.
+        keys: int64 [N], by which an image is known again in other sets; None for features made by hand.
+        dtype: precision of the backbone's weights, e.g. "bfloat16"; "" if unknown.
 
     Example:
         >>> features = FeatureSet(ids=["a", "b"], image=torch.eye(2))
@@ -66,6 +68,8 @@ class FeatureSet:
     backbone: str = ""
     fingerprint: str = ""
     source: str = ""
+    keys: Any = None
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         for name, value in self._columns().items():
@@ -81,7 +85,7 @@ class FeatureSet:
 
     def _columns(self) -> dict[str, Any]:
         """Whatever has a row per image, by name."""
-        own = {name: value for name in ("labels", *FEATURES) if (value := getattr(self, name)) is not None}
+        own = {name: value for name in ("labels", "keys", *FEATURES) if (value := getattr(self, name)) is not None}
         return own | self.extra
 
     def _with_columns(self, columns: dict[str, Any], **others: Any) -> FeatureSet:
@@ -201,6 +205,7 @@ def stream(
     missing = [i for i in range(count) if i not in cached]
     loading = {"on_error": on_error, "workers": workers, "progress": progress}
     computed = _compute(backbone, source, needs, local, missing, batch_size, **loading)
+    fingerprint = source.fingerprint
     for i in range(count):
         shard = cached.get(i)
         if shard is None:
@@ -209,7 +214,7 @@ def stream(
                 folder.write(i, shard)
         if shard.failures and on_error == "raise":
             raise ImageError(shard.failures[0][1])
-        yield _feature_set(backbone, source, _shard_range(i, len(source)), shard)
+        yield _feature_set(backbone, source, fingerprint, _shard_range(i, len(source)), shard)
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ def _batches(rows: range, size: int) -> list[list[int]]:
     return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
-def _feature_set(backbone: Backbone, source: ImageSource, rows: range, shard: _Shard) -> FeatureSet:
+def _feature_set(backbone: Backbone, source: ImageSource, fingerprint: str, rows: range, shard: _Shard) -> FeatureSet:
     failures = dict(shard.failures)
     good = [row for row in rows if row not in failures]
     own = {name: value for name, value in shard.tensors.items() if name in FEATURES}
@@ -280,10 +285,35 @@ def _feature_set(backbone: Backbone, source: ImageSource, rows: range, shard: _S
         grid=backbone.grid,
         backbone=backbone.spec,
         fingerprint=backbone.fingerprint,
-        source=source.fingerprint,
+        source=fingerprint,
+        keys=torch.from_numpy(source.content_keys(good)),
+        dtype=str(backbone.dtype).removeprefix("torch."),
         extra={name: value for name, value in shard.tensors.items() if name not in own},
         **own,
     )
+
+
+def content_keys(images: FeatureSet | ImageSource) -> Tensor:
+    """int64 [N], one number per image, the same for the same image in every set that holds it.
+
+    Files are known by where they are, when and how large they were written; images in memory by their pixels; features
+    made by hand by their source and id, or without a source by themselves.
+
+    Example:
+        >>> one = FeatureSet(ids=["a", "b"], image=torch.eye(2))
+        >>> torch.isin(content_keys(one[1:]), content_keys(one))
+        tensor([True])
+    """
+    if isinstance(images, ImageSource):
+        return torch.from_numpy(images.content_keys())
+    if images.keys is not None:
+        return images.keys
+    if images.source:
+        texts = [f"{images.source} {one}".encode() for one in images.ids]
+    else:
+        features = [value for name, value in images._columns().items() if name != "labels"]
+        texts = [features[0][row].float().cpu().numpy().tobytes() if features else b"" for row in range(len(images))]
+    return torch.tensor([short_hash(text) for text in texts], dtype=torch.int64)
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor:

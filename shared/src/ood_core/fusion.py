@@ -310,23 +310,27 @@ class Fusion(Detector):
 
     # ---- calibration
 
-    def calibrate(self, id_scores: Any, tpr: float = 0.95, **extraction: Any) -> Self:
+    def calibrate(self, id_scores: Any, tpr: float = 0.95, *, allow_overlap: bool = False, **extraction: Any) -> Self:
         """Learn the members' ID distributions, then the threshold (see `Detector.calibrate`).
 
         Args:
             id_scores: at least 20 ID images that no member was fitted on, or their features, or their scores: a
                 score table (of one set, or with a set "id") or member -> scores.
             tpr: share of them to accept.
+            allow_overlap: take images that a member was fitted on, too (see `Detector.calibrate`).
             **extraction: for `extract`, with images.
 
         Raises:
-            DataError: a member that fails or whose scores are constant; the message names it.
+            DataError: a member that fails, whose scores are constant or that was fitted on these images; the message
+                names it.
             NotFittedError: "stacking" before `fit_stacking`.
         """
         check_tpr(tpr)
         self._check_stacked()
+        if not allow_overlap:
+            self._check_held_out(id_scores)
         for member in self._inner_fusions().values():
-            member.calibrate(id_scores, tpr, **extraction)
+            member.calibrate(id_scores, tpr, allow_overlap=True, **extraction)
         scores, data_hash = self._given_scores(id_scores, ood=False, **extraction)
         return self._calibrate_on(scores, tpr, data_hash)
 

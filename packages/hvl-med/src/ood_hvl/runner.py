@@ -92,7 +92,7 @@ def run_layout(
     """
     options = dict(options or {})
     backbone = _wide(backbone, options)
-    given = {"convention": convention, "bootstrap": bootstrap}
+    given: dict[str, Any] = {"convention": convention, "bootstrap": bootstrap}
     images = {"images": UsedImages(layout.source)}
     runs: list[Run] = []
     for task in layout.tasks:

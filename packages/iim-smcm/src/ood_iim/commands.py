@@ -19,6 +19,7 @@ from ood_core.cli.common import (
     named_sources,
     open_given,
     parse_pairs,
+    parse_params,
     print_json,
     print_table,
 )

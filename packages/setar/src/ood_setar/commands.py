@@ -228,6 +228,7 @@ def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], sourc
         id=source,
         ood={name: open_given(args, path) for name, path in named_sources(args.ood).items()},
         calibrate=open_given(args, args.calibrate) if args.calibrate else None,
+        allow_overlap=args.allow_overlap,
         convention=args.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from ood_core import _check
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
+from ood_core.data import open_source
 from ood_core.detectors import create_detector
 from ood_core.detectors.base import Detector
 from ood_core.errors import UsageError
@@ -143,7 +144,8 @@ class SeTAR(Detector):
         if self.finetune_epochs and any(edit.ratios.values()):
             common |= {"learning_rate": self.learning_rate, "batch_size": self.batch_size}
             edit = finetune(backbone, images, edit, epochs=self.finetune_epochs, **common)
-        return self.use(edit)
+        self.use(edit)._remember(open_source(images))
+        return self
 
     def use(self, edit: SeTAREdit) -> Self:
         """Take an edit made elsewhere instead of searching for one; forgets an earlier edit and calibration.

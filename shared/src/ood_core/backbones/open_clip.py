@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ood_core.backbones.attention_pool import pooled_tower
 from ood_core.backbones.base import Backbone, BlockParts, Layer
 from ood_core.backbones.linear import NamedLinear, fused_qkv
+from ood_core.backbones.loading import unwrapped
 from ood_core.backbones.open_clip_models import build, image_transform
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError
@@ -37,6 +38,7 @@ class OpenCLIPBackbone(Backbone):
     def __init__(
         self, model: Any, tokenizer: Callable[..., Tensor], transform: ImageTransform, *, spec: str = "open_clip"
     ) -> None:
+        model = unwrapped(model)
         super().__init__(model, transform, spec=spec)
         self.tokenizer = tokenizer
         self.visual: Any = model.visual

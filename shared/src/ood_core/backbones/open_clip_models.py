@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from ood_core.backbones.base import Decision
 from ood_core.backbones.checkpoint import Checkpoint, load_strictly, names_file, read_checkpoint, without_wrappers
-from ood_core.backbones.transform import ImageTransform
+from ood_core.backbones.transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from ood_core.errors import DataError, MissingDataError, OODError, UsageError, unknown_name
 
 __all__ = ["Built", "build", "image_transform"]
@@ -107,13 +108,19 @@ def image_transform(model: Any) -> ImageTransform:
     config = open_clip.get_model_preprocess_cfg(model)
     crop = _built_size(model.visual) or _pair(config["size"])
     mode = config.get("resize_mode", "shortest")
-    if mode not in ("shortest", "squash"):
-        raise UsageError(f"resize_mode={mode!r} of an open_clip model is not supported: use 'shortest' or 'squash'.")
+    # "longest": the whole image inside the square, the rest filled.
+    ways = {"shortest": (max(crop), "cover"), "squash": (None, "cover"), "longest": (crop, "contain")}
+    if mode not in ways:
+        raise UsageError(f"resize_mode={mode!r} of an open_clip model is not supported: use one of {', '.join(ways)}.")
+    resize, fit = ways[mode]
     return ImageTransform(
         crop=crop,
-        resize=None if mode == "squash" else max(crop),
-        **{key: tuple(config[key]) for key in ("mean", "std") if key in config},
+        resize=resize,
+        mean=tuple(config.get("mean", CLIP_MEAN)),
+        std=tuple(config.get("std", CLIP_STD)),
         interpolation=config.get("interpolation", "bicubic"),
+        fit=fit,
+        fill=tuple(np.broadcast_to(config.get("fill_color", 0), 3).tolist()),
     )
 
 

@@ -15,6 +15,7 @@ from ood_core.cli.common import (
     add_evaluation_arguments,
     add_extraction_arguments,
     add_fdr_argument,
+    add_overlap_argument,
     add_score_arguments,
     add_table_arguments,
     run,
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_detector_arguments(calibrate)
     calibrate.add_argument("--id", metavar="SOURCE", required=True, help="held-out ID images")
+    add_overlap_argument(calibrate)
     calibrate.add_argument("--tpr", type=float, default=0.95, help="share of ID images to accept (default: 0.95)")
     calibrate.add_argument("--out", metavar="DIR", required=True)
 
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("--calibration", metavar="[NAME=]FILE.parquet", action="extend", nargs="+", default=[])
     add_detector_arguments(fuse, required=False)
     fuse.add_argument("--id", metavar="SOURCE", help="held-out ID images, for detectors")
+    add_overlap_argument(fuse)
     fuse.add_argument("--normalize", default="p_value", help="p_value (default), z_score or robust")
     fuse.add_argument("--combine", default="mean", help="mean (default), max, min, fisher, cauchy or stacking")
     fuse.add_argument("--weight", metavar="NAME=W", action="extend", nargs="+", help="for mean, fisher and cauchy")

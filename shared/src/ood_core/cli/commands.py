@@ -178,6 +178,7 @@ def evaluate(args: argparse.Namespace) -> None:
         ood=ood,
         fit=fit,
         calibrate=open_given(args, args.calibrate) if args.calibrate else None,
+        allow_overlap=args.allow_overlap,
         convention=args.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,
@@ -197,7 +198,7 @@ def calibrate(args: argparse.Namespace) -> None:
     detectors = build_detectors(args, class_names_of(args, fit))
     options = extraction_options(args)
     fit_detectors(detectors, fit, **options)
-    calibrate_detectors(detectors, id_source, tpr=args.tpr, **options)
+    calibrate_detectors(detectors, id_source, tpr=args.tpr, allow_overlap=args.allow_overlap, **options)
     save_detectors(detectors, args.out)
     for name, detector in detectors.items():
         _tell_calibration(name, detector)
@@ -323,7 +324,7 @@ def _fuse_detectors(args: argparse.Namespace) -> None:
         first, id_source = id_source.subset(slice(0, None, 2)), id_source.subset(slice(1, None, 2))
         fusion.fit_stacking(first, open_given(args, args.labelled_ood[0]), **options)
         _tell_stacking(fusion)
-    calibrate_detectors({args.name: fusion}, id_source, tpr=args.tpr, **options)
+    calibrate_detectors({args.name: fusion}, id_source, tpr=args.tpr, allow_overlap=args.allow_overlap, **options)
     fusion.save_pretrained(args.out)
     _tell_calibration(args.name, fusion)
     message(f"Saved: {args.out}")

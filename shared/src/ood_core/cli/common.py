@@ -118,7 +118,12 @@ def add_backbone_arguments(
 def add_device_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
     """--device, --dtype."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--dtype", default=dtype, help=f"auto, float32 or bfloat16 (default: {dtype})")
+    parser.add_argument(
+        "--dtype",
+        default=dtype,
+        help=f"auto, float32 (scores do not depend on the batch size) or bfloat16 (default: {dtype}; of a saved "
+        "detector the one it was fitted in)",
+    )
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,11 +189,21 @@ def add_fdr_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
+    """--allow-overlap."""
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="calibrate on images that a detector was fitted on, too, though the threshold will be too high",
+    )
+
+
 def add_evaluation_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--id, --ood, --calibrate, --convention, --bootstrap, --seed."""
     parser.add_argument("--id", metavar="SOURCE", required=required, help="ID test images")
     parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=required, default=[])
     parser.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
+    add_overlap_argument(parser)
     parser.add_argument(
         "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
     )
@@ -201,11 +216,12 @@ def extraction_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("cache", "on_error", "batch_size", "workers")}
 
 
-def load_backbone(args: argparse.Namespace, spec: str | None = None) -> Backbone:
-    """The backbone that the command line asks for."""
+def load_backbone(args: argparse.Namespace, spec: str | None = None, dtype: str = "auto") -> Backbone:
+    """The backbone that the command line asks for, by default in the precision `dtype`."""
     from ood_core.backbones import create_backbone
 
-    return create_backbone(spec or args.backbone or "tiny", device=args.device, dtype=args.dtype)
+    dtype = dtype if args.dtype == "auto" else args.dtype
+    return create_backbone(spec or args.backbone or "tiny", device=args.device, dtype=dtype)
 
 
 def open_given(args: argparse.Namespace, source: str) -> ImageSource:
@@ -324,7 +340,8 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
         if _is_saved(given):
             made: Detector = Detector.from_pretrained(given)
             for leaf in made._leaves(made.name).values():  # the members of a fusion may have several backbones
-                leaf._set_backbone(backbone(args.backbone or leaf._recorded_spec()))
+                spec = args.backbone or leaf._recorded_spec()
+                leaf._set_backbone(backbone(spec, leaf.precision))
         else:
             mine = {name: options[name] for name in detector_class(given)._option_names() if name in options}
             shared = backbone(args.backbone or "tiny")

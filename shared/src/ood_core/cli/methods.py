@@ -13,6 +13,7 @@ from ood_core.cli.common import (
     add_backbone_arguments,
     add_evaluation_arguments,
     add_extraction_arguments,
+    add_overlap_argument,
     extraction_options,
     load_backbone,
     message,
@@ -49,6 +50,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser, *, seed: int, template: s
     parser.add_argument("--out", metavar="DIR", required=True, help="where the detector goes")
     parser.add_argument("--seed", type=int, default=seed, help=f"of all that is drawn (default: {seed})")
     parser.add_argument("--calibrate", metavar="SOURCE", help="other ID images that set the threshold")
+    add_overlap_argument(parser)
     parser.add_argument("--tpr", type=float, default=0.95, help="share of them to accept (default: 0.95)")
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
     parser.add_argument("--template", metavar="T", default=template, help="prompt with {} for the class name")
@@ -98,7 +100,7 @@ def new_detector(args: argparse.Namespace, method: str, names: list[str] | None,
 def saved_detector(args: argparse.Namespace, kind: type[Detector]) -> Any:
     """The detector of --detector on the backbone asked for, by default its own."""
     made = kind.from_pretrained(args.detector)
-    made._set_backbone(load_backbone(args, args.backbone or made._recorded_spec()))
+    made._set_backbone(load_backbone(args, args.backbone or made._recorded_spec(), made.precision))
     return made
 
 
@@ -110,7 +112,13 @@ def fit_detector(args: argparse.Namespace, detector: Any, source: ImageSource, *
     detector.fit(source, checkpoint=checkpoint, **options)
     if args.calibrate:
         known = open_given(args, args.calibrate)
-        calibrate_detectors({detector.name: detector}, known, tpr=args.tpr, **extraction_options(args))
+        calibrate_detectors(
+            {detector.name: detector},
+            known,
+            tpr=args.tpr,
+            allow_overlap=args.allow_overlap,
+            **extraction_options(args),
+        )
     if os.environ.get("RANK", "0") != "0":  # every process has the same result: one writes it
         return
     detector.save_pretrained(args.out)
@@ -132,6 +140,7 @@ def evaluate_variants(args: argparse.Namespace, detectors: Mapping[str, Detector
         id=open_given(args, args.id),
         ood={name: open_given(args, source) for name, source in named_sources(args.ood).items()},
         calibrate=open_given(args, args.calibrate) if args.calibrate else None,
+        allow_overlap=args.allow_overlap,
         convention=args.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -150,6 +150,7 @@ def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation
         ood=task.ood,
         fit=task.train if _to_fit(detectors) else None,
         calibrate=open_given(args, args.calibrate) if args.calibrate else task.calibration,
+        allow_overlap=args.allow_overlap,
         convention=args.convention or task.convention,
         bootstrap=args.bootstrap,
         seed=args.seed,

@@ -64,6 +64,9 @@ class FewShot(ImageSource):
     def _read(self, item: int, name: str, max_pixels: int) -> Image.Image:
         return self.source.open(item, max_pixels=max_pixels)
 
+    def _identity(self, item: int) -> str:
+        return self.source._identity(self.source._items[item])
+
     def _stamp(self, item: int) -> str:
         return self.source._stamp(self.source._items[item])
 

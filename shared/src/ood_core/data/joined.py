@@ -38,6 +38,10 @@ class JoinedSources(ImageSource):
     def _read(self, item: tuple[str, int], name: str, max_pixels: int) -> Image.Image:
         return self.sources[item[0]].open(item[1], max_pixels=max_pixels)
 
+    def _identity(self, item: tuple[str, int]) -> str:
+        source = self.sources[item[0]]
+        return source._identity(source._items[item[1]])
+
     def _stamp(self, item: tuple[str, int]) -> str:
         source = self.sources[item[0]]
         return source._stamp(source._items[item[1]])

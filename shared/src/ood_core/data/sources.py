@@ -22,6 +22,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -96,6 +97,19 @@ class ImageSource(ABC):
             ImageError: it cannot be decoded or has more than `max_pixels`; the message names it and says why.
         """
         return self._read(self._items[index], self.ids[index], max_pixels)
+
+    def _identity(self, item: Any) -> str:
+        """A text that is the same for the same image in every source that holds it, and in no other image."""
+        return self._stamp(item)
+
+    def content_keys(self, rows: Iterable[int] | None = None) -> np.ndarray:
+        """int64 [N], one number per image by which it is known again in other sources.
+
+        Args:
+            rows: which images; None for all.
+        """
+        chosen = range(len(self)) if rows is None else rows
+        return np.array([short_hash(self._identity(self._items[row]).encode()) for row in chosen], np.int64)
 
     def subset(self, indices: Any) -> Self:
         """The images at `indices` (integers, a slice or a boolean mask), in that order, labels unchanged.
@@ -189,6 +203,21 @@ def _unique(ids: Iterable[str]) -> list[str]:
     return ids
 
 
+def short_hash(content: bytes) -> int:
+    """64 bits of a digest, as a signed integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _real_path(path: PathLike) -> str:
+    folder, name = os.path.split(os.fspath(path))
+    return os.path.join(_real_folder(folder), name)
+
+
+@cache
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def _file_stamp(path: PathLike) -> str:
     try:
         info = os.stat(path)
@@ -217,6 +246,9 @@ class _Files(ImageSource):
 
     def _read(self, item: str, name: str, max_pixels: int) -> Image.Image:
         return decode(item, max_pixels=max_pixels)
+
+    def _identity(self, item: str) -> str:
+        return f"{_real_path(item)} {_file_stamp(item)}"
 
     def _stamp(self, item: str) -> str:
         return _file_stamp(item)
@@ -410,6 +442,9 @@ class ParquetImages(ImageSource):
                 f"Image {name!r} cannot be read: row {item} holds no bytes, and there is no file {where!r}."
             )
         return decode(path, max_pixels=max_pixels)
+
+    def _identity(self, item: int) -> str:
+        return f"{_real_path(self.file)} {_file_stamp(self.file)} {item}"
 
     def _stamp(self, item: int) -> str:
         path = self._encoded.paths.get(item)

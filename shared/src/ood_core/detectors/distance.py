@@ -18,6 +18,11 @@ __all__ = ["KNN", "Mahalanobis", "ViM"]
 
 log = logging.getLogger(__name__)
 
+# Of sums over float32 features, relative: less than this is no scatter and no residual.
+_ROUNDING = 1e-6
+# Images per dimension of a principal space; with fewer it is a space of these images, not of their distribution.
+_PER_DIMENSION = 4
+
 
 class KNN(Detector):
     """Minus the distance to the k-th nearest ID training feature.
@@ -75,7 +80,7 @@ class Mahalanobis(Detector):
         labels, x = self._class_labels(features), features.image.double()
         present = labels.unique()
         means = torch.stack([x[labels == label].mean(0) for label in present])
-        centred = (x - means[torch.searchsorted(present, labels)]).numpy()
+        centred = _scatter(x, means[torch.searchsorted(present, labels)]).numpy()
         adaptive = self.shrinkage == "ledoit_wolf"
         estimator = LedoitWolf if adaptive else ShrunkCovariance
         options = {} if adaptive else {"shrinkage": self.shrinkage}
@@ -87,11 +92,24 @@ class Mahalanobis(Detector):
         return functional.mahalanobis(features.image.double(), means, precision)
 
 
+def _scatter(x: Tensor, means: Tensor) -> Tensor:
+    """Deviations [N, d] of features from their class means, if there are any beyond rounding."""
+    centred = x - means
+    if centred.norm() <= _ROUNDING * x.norm():
+        raise DataError(
+            f"No class has two different images among the {len(x)} to fit on, so nothing says how much images of one "
+            "class differ: give at least two images per class, or use 'knn'."
+        )
+    return centred
+
+
 class ViM(LogitDetector):
     """Virtual-logit matching.
 
     Args:
-        dimension: of the principal space; None: 512 for features of 768 and more, 1000 from 2048 on, else half.
+        dimension: of the principal space; None: 512 for features of 768 and more, 1000 from 2048 on, else half. Never
+            more than a quarter of the images: directions fitted to few images leave these no residual, but every
+            other image. A smaller one is used then, and that is said.
         head: "auto", "zero_shot" or "probe", see `LogitDetector`.
         probe_c: see `LogitDetector`.
         **common: see `create_detector`.
@@ -124,16 +142,59 @@ class ViM(LogitDetector):
         dimension = self.dimension or (1000 if width >= 2048 else 512 if width >= 768 else width // 2)
         if dimension >= width:
             raise UsageError(f"dimension={dimension} leaves no residual space of {width}-dimensional features.")
+        dimension = _supported(dimension, len(x))
         origin = -torch.linalg.pinv(self.state["weight"].double()) @ self.state["bias"].double()
         _, vectors = torch.linalg.eigh((x - origin).T @ (x - origin) / len(x))
         null_space = vectors[:, : width - dimension].contiguous()
         residual = ((x - origin) @ null_space).norm(dim=-1).mean()
-        if not residual > 0:
-            raise DataError(f"{len(x)} images leave no residual: give more, or a smaller dimension than {dimension}.")
-        alpha = (self.logits(features).amax(-1).double().mean() / residual).clamp(min=1e-12)
+        if not residual > _ROUNDING * (x - origin).norm(dim=-1).mean():
+            raise DataError(
+                f"The features of the {len(x)} images have no more than {dimension} dimensions, which leaves no "
+                "residual: give other images (these may be copies of a few), or a smaller dimension."
+            )
+        alpha = _logit_scale(self.logits(features).double()) / residual
         self.state |= {"origin": origin, "null_space": null_space, "alpha": alpha}
 
     def _score(self, features: FeatureSet) -> Tensor:
         origin, null_space = (self.state[name].to(features.image.device) for name in ("origin", "null_space"))
         logits, alpha = self.logits(features).double(), float(self.state["alpha"])
         return functional.vim(features.image.double(), logits, origin, null_space, alpha=alpha)
+
+
+def _supported(dimension: int, images: int) -> int:
+    """The dimension of the principal space that so many images can tell."""
+    most = max(1, images // _PER_DIMENSION)
+    if most < dimension:
+        log.warning(
+            "vim: %d images support a principal space of %d dimensions, which is used instead of %d; give at least "
+            "%d images for that.",
+            images,
+            most,
+            dimension,
+            _PER_DIMENSION * dimension,
+        )
+    return min(dimension, most)
+
+
+def _logit_scale(logits: Tensor) -> Tensor:
+    """The size of the largest logits [N, C], to which the residual is brought.
+
+    The paper's is their mean. Softmax and the order of energies do not change with a constant added to all logits, but
+    the mean does, and negative cosines or a negative bias would switch the residual off. Then it is how far the largest
+    stands above the average of all.
+    """
+    largest, above_average = logits.amax(-1).mean(), (logits.amax(-1) - logits.mean(-1)).mean()
+    if largest > above_average / 2:
+        return largest
+    if not above_average > 0:
+        raise DataError(
+            f"The logits of all {logits.shape[1]} classes are equal: they say nothing of the images. Check the class "
+            "names, or use 'knn'."
+        )
+    log.warning(
+        "vim: the mean of the largest logits is %.3g, which would switch the residual off: it is scaled by their mean "
+        "height above the average logit, %.3g, instead.",
+        largest,
+        above_average,
+    )
+    return above_average

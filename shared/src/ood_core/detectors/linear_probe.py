@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ood_core import _check, functional
 from ood_core.detectors.base import Detector
-from ood_core.errors import DataError
+from ood_core.detectors.logits import check_trainable, unsaturated_msp
 from ood_core.features import FeatureSet
 
 __all__ = ["L2_GRID", "LinearProbe", "fit_logistic", "hold_out"]
@@ -22,7 +22,7 @@ L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties tried, strongest first: for unit-norm features from almost class means to almost no penalty."""
 
 _SCORERS = {
-    "msp": functional.msp,
+    "msp": unsaturated_msp,
     "max_logit": functional.max_logit,
     "energy": functional.energy,
     "gen": functional.gen,
@@ -37,7 +37,7 @@ class LinearProbe(Detector):
     Needs no text tower, so it is the baseline for every backbone. Classes without an image are left out.
 
     Args:
-        scorer: "msp", "max_logit", "energy" or "gen", of `ood_core.functional`.
+        scorer: "msp" (as the detector `msp`), "max_logit", "energy" or "gen", of `ood_core.functional`.
         l2: strength of the penalty, see `fit_logistic`; None: the one of `L2_GRID` with the smallest loss on a fifth
             of each class held out, then fitted on all images.
         seed: of the images held out.
@@ -60,7 +60,7 @@ class LinearProbe(Detector):
 
     def _fit(self, features: FeatureSet) -> None:
         x, labels = features.image.double(), self._class_labels(features)
-        _check_trainable(x, labels, self.class_names)
+        check_trainable(x, labels, self.class_names)
         present, labels = labels.unique(return_inverse=True)
         if len(present) < len(self.class_names):
             log.warning("%d classes have no image and are left out.", len(self.class_names) - len(present))
@@ -79,14 +79,6 @@ class LinearProbe(Detector):
 
     def _predict(self, features: FeatureSet) -> Tensor:
         return self.logits(features).argmax(1)
-
-
-def _check_trainable(x: Tensor, labels: Tensor, class_names: list[str]) -> None:
-    if len(labels.unique()) < 2:
-        only = class_names[labels[0]]
-        raise DataError(f"A linear probe needs at least two classes; the images are all {only!r}.")
-    if (x == x[0]).all():
-        raise DataError(f"All {len(x)} training features are the same: there is nothing to tell the classes apart by.")
 
 
 def fit_logistic(

@@ -14,9 +14,28 @@ from ood_core.detectors.base import Detector
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
 
-__all__ = ["GEN", "MSP", "Energy", "LogitDetector", "MaxLogit"]
+__all__ = ["GEN", "MSP", "Energy", "LogitDetector", "MaxLogit", "unsaturated_msp"]
 
 _HEADS = ("auto", "zero_shot", "probe", "classifier")
+
+
+def check_trainable(x: Tensor, labels: Any, class_names: list[str]) -> None:
+    """Refuse features [N, d] and labels [N] that no linear probe can learn from.
+
+    Raises:
+        DataError: a single class, or features that are all the same.
+    """
+    if len(set(labels.tolist())) < 2:
+        only = class_names[labels[0]]
+        raise DataError(f"A linear probe needs at least two classes; the images are all {only!r}.")
+    if (x == x[0]).all():
+        raise DataError(f"All {len(x)} training features are the same: there is nothing to tell the classes apart by.")
+
+
+def unsaturated_msp(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """`functional.msp`, with the order of the log-odds above .999."""
+    score = functional.msp(logits, temperature=temperature)
+    return functional.unsaturated(score, functional.log_remaining(logits, temperature=temperature))
 
 
 class LogitDetector(Detector):
@@ -71,10 +90,8 @@ class LogitDetector(Detector):
         from sklearn.linear_model import LogisticRegression
 
         labels = self._class_labels(features).numpy()
+        check_trainable(features.image, labels, self.class_names)
         classes = np.unique(labels)
-        if len(classes) < 2:
-            only = self.class_names[labels[0]]
-            raise DataError(f"A linear probe needs at least two classes; the images are all {only!r}.")
         probe = LogisticRegression(C=self.probe_c, max_iter=2000).fit(features.image.double().numpy(), labels)
         weight, bias = probe.coef_, probe.intercept_
         if len(classes) == 2:  # scikit-learn keeps one row for two classes
@@ -92,7 +109,9 @@ class LogitDetector(Detector):
 
 
 class MSP(LogitDetector):
-    """Maximum softmax probability.
+    """Maximum softmax probability; above .999, where float32 would round it to 1, in the order of the log-odds.
+
+    A score above 1 is therefore no mistake: it says how little is left to 1 (see `functional.unsaturated`).
 
     Args:
         temperature: divides the logits.
@@ -109,7 +128,7 @@ class MSP(LogitDetector):
         self.temperature = _check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return functional.msp(self.logits(features), temperature=self.temperature)
+        return unsaturated_msp(self.logits(features), temperature=self.temperature)
 
 
 class MaxLogit(LogitDetector):

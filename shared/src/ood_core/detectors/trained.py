@@ -35,7 +35,9 @@ class TrainedDetector(Detector):
 
     def _training_labels(self, images: FeatureSet | ImageSource) -> Tensor:
         """Labels int64 [N] as indices into `class_names`."""
-        return self._class_labels(_described(images))
+        labels = self._class_labels(_described(images))
+        self._remember(images)
+        return labels
 
     def _recipe(self, images: FeatureSet | ImageSource, fingerprint: str) -> dict[str, Any]:
         """Everything a training depends on, for its checkpoint: options, classes, backbone and images."""

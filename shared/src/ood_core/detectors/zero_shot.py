@@ -9,6 +9,7 @@ from torch import Tensor
 from ood_core import _check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
+from ood_core.detectors.logits import unsaturated_msp
 from ood_core.features import FeatureSet
 
 __all__ = ["GLMCM", "MCM", "RMCM", "ZeroShot", "default_k"]
@@ -47,7 +48,7 @@ class ZeroShot(Detector):
 
 
 class MCM(ZeroShot):
-    """Maximum concept matching.
+    """Maximum concept matching; above .999 in the order of the log-odds (see `functional.unsaturated`).
 
     Args:
         temperature: divides the cosines.
@@ -61,15 +62,15 @@ class MCM(ZeroShot):
         self.temperature = _check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return functional.mcm(features.image, self._text(features), temperature=self.temperature)
+        return unsaturated_msp(features.image @ self._text(features).T, temperature=self.temperature)
 
 
 class GLMCM(ZeroShot):
-    """Global-local maximum concept matching.
+    """Global-local maximum concept matching; near its bound in exact order (see `functional.unsaturated_match`).
 
     Args:
         temperature: divides the cosines.
-        local_weight: factor of the local term.
+        local_weight: factor of the local term, at least 0.
         **common: see `create_detector`.
     """
 
@@ -79,7 +80,7 @@ class GLMCM(ZeroShot):
     def __init__(self, *, temperature: float = 1.0, local_weight: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
         self.temperature = _check.positive("temperature", temperature)
-        self.local_weight = local_weight
+        self.local_weight = 0.0 if local_weight == 0 else _check.positive("local_weight", local_weight)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -87,17 +88,13 @@ class GLMCM(ZeroShot):
         return frozenset({"image", "local"})
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return functional.gl_mcm(
-            features.image,
-            features.local,
-            self._text(features),
-            temperature=self.temperature,
-            local_weight=self.local_weight,
-        )
+        matched = (features.image, features.local, self._text(features))
+        options: dict[str, Any] = {"temperature": self.temperature, "local_weight": self.local_weight}
+        return functional.unsaturated_match(functional.gl_mcm(*matched, **options), *matched, k=1, **options)
 
 
 class RMCM(ZeroShot):
-    """Regional MCM without negatives (R-MCM*).
+    """Regional MCM without negatives (R-MCM*); near its bound in exact order (see `functional.unsaturated_match`).
 
     Args:
         k: (patch, class) entries averaged; None: 50 if the grid has at least 100 patches, else a quarter of them.
@@ -119,5 +116,7 @@ class RMCM(ZeroShot):
         return frozenset({"image", "local"})
 
     def _score(self, features: FeatureSet) -> Tensor:
+        matched = (features.image, features.local, self._text(features))
         k = default_k(self.k, features.local.shape[1])
-        return functional.r_mcm(features.image, features.local, self._text(features), k=k, temperature=self.temperature)
+        score = functional.r_mcm(*matched, k=k, temperature=self.temperature)
+        return functional.unsaturated_match(score, *matched, k=k, temperature=self.temperature)
