@@ -45,9 +45,17 @@ def outputs(backbone, pixels):
     local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
     if "prompts" not in backbone.capabilities:
         return backbone._logits(image), backbone._logits(local)
-    words = backbone._embed_texts([f"a photo of a {name}" for name in CLASSES])
-    text = F.normalize(backbone._project_text(backbone._text_hidden(*words)), dim=-1)
+    text = whole_text_pass(backbone, [f"a photo of a {name}" for name in CLASSES])
     return tuple(backbone.logit_scale * F.normalize(x, dim=-1) @ text.T for x in (image, local))
+
+
+def whole_text_pass(backbone, prompts):
+    """Unit text features by every block on every token."""
+    embeddings, end = backbone._embed_texts(prompts)
+    x = backbone._add_positions(embeddings)
+    for layer in backbone.layers("text", x.shape[1]):
+        x = layer(x)
+    return F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
 
 
 def targets_of(source):
@@ -192,6 +200,19 @@ def test_the_start_in_single_precision(make, photos, model):
     found = Adapters(backbone, truncating(backbone, up(backbone)))(outputs, backbone, pixels)
     for ours, original in zip(found, outputs(backbone, pixels), strict=True):
         torch.testing.assert_close(ours, original, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["clip", "hf-clip"])
+def test_of_the_last_text_block_only_the_end_marks_pass_the_mlp(make, photos, model):
+    """The values and gradients of a whole pass are those of the tests below."""
+    backbone = MODELS[model](make)
+    last = backbone.layers("text", 4)[-1].module
+    tokens, whole = [], backbone.layers("text", 4)[0].module
+    for module in (last, whole):
+        module.mlp.register_forward_pre_hook(lambda _, received: tokens.append(received[0].numel() // 20))
+    finetune(backbone, photos, truncating(backbone, ["text.1.up"]), **QUICK | {"epochs": 1, "batch_size": 7})
+    below, above = tokens
+    assert above == len(CLASSES) < below
 
 
 KINDS = {

@@ -49,8 +49,11 @@ def whole_pass(backbone, pixels, prompts):
         local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
         if prompts is None:
             return backbone._logits(image), backbone._logits(local)
-        text = backbone._project_text(backbone._text_hidden(*backbone._embed_texts(prompts)))
-        text = F.normalize(text, dim=-1)
+        embeddings, end = backbone._embed_texts(prompts)
+        x = backbone._add_positions(embeddings)
+        for layer in backbone.layers("text", x.shape[1]):
+            x = layer(x)
+        text = F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
         return tuple(backbone.logit_scale * F.normalize(x, dim=-1) @ text.T for x in (image, local))
 
 

@@ -251,21 +251,13 @@ def _forward(backbone: Backbone, prompts: list[str] | None) -> Callable[[Tensor]
     with torch.no_grad():
         words = None if prompts is None else backbone._embed_texts(prompts)
 
-    def texts() -> Tensor | None:
-        if words is None:
-            return None
-        embeddings, end = words
-        x = backbone._add_positions(embeddings)
-        for layer in backbone.layers("text", embeddings.shape[1]):
-            x = layer(x)
-        return text_features(backbone, x, end)
-
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             x = backbone.embed(backbone._pixels(pixels))
         for layer in backbone.layers()[:-1]:
             x = layer(x)
-        return logits(backbone, *image_features(backbone, x), texts())
+        text = None if words is None else text_features(backbone, backbone._text_hidden(*words))
+        return logits(backbone, *image_features(backbone, x), text)
 
     return forward
 

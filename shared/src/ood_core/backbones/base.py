@@ -457,15 +457,24 @@ class Backbone(ABC):
     def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """[N, D] from token embeddings [N, L, D], read at position `end` [N], before the text projection."""
         x = self._add_positions(embeddings)
-        *below, last = self.layers("text", x.shape[1])
-        for layer in below:
+        for layer in self.layers("text", x.shape[1])[:-1]:
             x = layer(x)
-        # Of the last block only the end marks are read, so its MLP, two thirds of its work, sees no other token.
-        x = last.parts.attend(x)[torch.arange(len(x), device=x.device), end]
-        return self._text_norm(last.parts.feed_forward(x))
+        return self.text_tail(x, end)
 
-    def _read_end(self, x: Tensor, end: Tensor) -> Tensor:
-        return self._text_norm(x[torch.arange(len(x), device=x.device), end])
+    def text_tail(self, tokens: Tensor, end: Tensor) -> Tensor:
+        """The last text block and the norm behind it, for the tokens that are read; gradients flow.
+
+        Args:
+            tokens: input tokens [N, L, D] of the last text block.
+            end: index int64 [N] of the token that is read as a text's embedding.
+
+        Returns:
+            [N, D], before `text_projection`.
+        """
+        last = self.layers("text", tokens.shape[1])[-1]
+        # Of the last block only the end marks are read, so its MLP, two thirds of its work, sees no other token.
+        read = last.parts.attend(tokens)[torch.arange(len(tokens), device=tokens.device), end]
+        return self._text_norm(last.parts.feed_forward(read))
 
     def encode_prompts(
         self,
