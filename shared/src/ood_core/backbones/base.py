@@ -26,7 +26,10 @@ from ood_core.errors import UsageError, unknown_name
 
 __all__ = ["FEATURES", "Backbone", "BlockParts", "Decision", "Layer", "hash_tensors", "identity"]
 
-FEATURES = ("image", "local", "logits")
+FEATURES = ("image", "local", "logits", "local_logits")
+
+# What a feature is made of, where it is no capability of its own.
+_MADE_OF = {"local_logits": ("local", "logits")}
 
 # Backbones to name when one lacks a capability.
 _EXAMPLES = {
@@ -269,7 +272,7 @@ class Backbone(ABC):
         *,
         transform: ImageTransform | None = None,
     ) -> Self:
-        """This backbone, weights shared, with features that a method adds to "image", "local" and "logits".
+        """This backbone, weights shared, with features that a method adds to its own ("image", "local", ...).
 
         They are extracted, cached and handed to detectors as the others are: `extract(backbone, source, {"tiles"})`,
         `features.extra["tiles"]`.
@@ -344,13 +347,14 @@ class Backbone(ABC):
 
         Args:
             x: transformed images [B, 3, H, W] on any device.
-            needs: of "image", "local", "logits" and what `with_features` added.
+            needs: of "image", "local", "logits", "local_logits" (the classifier head on every patch) and what
+                `with_features` added.
             local: "value" (value path of the last block) or "tokens" (its plain output tokens).
             normalize: unit-norm image and local features.
 
         Returns:
-            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C]; added features as
-            they are computed.
+            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C], "local_logits"
+            [B, P, C]; added features as they are computed.
 
         Raises:
             UsageError: a need the backbone does not have; the message names backbones that do.
@@ -366,16 +370,20 @@ class Backbone(ABC):
         if not needs & set(FEATURES):
             return out
         tokens = self.prefix(pixels)
-        full = tokens if needs & set(FEATURES) == {"local"} and local == "value" else self._run_last_block(tokens)
+        whole = local == "tokens" or not needs.isdisjoint({"image", "logits"})
+        full = self._run_last_block(tokens) if whole else tokens
         if "image" in needs or "logits" in needs:
             embedding = self._image_embedding(full)
             if "image" in needs:
                 out["image"] = _finish(embedding, normalize)
             if "logits" in needs:
                 out["logits"] = self._logits(embedding).float()
-        if "local" in needs:
-            patches = self.layers()[-1].parts.value_path(tokens) if local == "value" else full
-            out["local"] = _finish(self._local_embedding(patches), normalize)
+        if not needs.isdisjoint({"local", "local_logits"}):
+            patches = self._local_embedding(full if local == "tokens" else self.layers()[-1].parts.value_path(tokens))
+            if "local" in needs:
+                out["local"] = _finish(patches, normalize)
+            if "local_logits" in needs:
+                out["local_logits"] = self._logits(patches).float()
         return out
 
     def encode_image(self, x: Tensor, *, normalize: bool = True) -> Tensor:
@@ -597,7 +605,7 @@ class Backbone(ABC):
 
     def require(self, *capabilities: str) -> None:
         """Raise a `UsageError` that names other backbones unless all `capabilities` are there."""
-        for capability in capabilities:
+        for capability in (part for name in capabilities for part in _MADE_OF.get(name, (name,))):
             if capability not in self.capabilities:
                 raise self._lacks(capability)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ood_core import _check, functional
@@ -12,6 +13,8 @@ from ood_core.detectors.base import Detector
 from ood_core.features import FeatureSet
 
 __all__ = ["GLMCM", "MCM", "RMCM", "ZeroShot", "default_k"]
+
+_FEW = 32
 
 
 def default_k(k: int | None, patches: int) -> int:
@@ -38,7 +41,7 @@ class ZeroShot(Detector):
         if "text" not in self.state:
             self.state["text"] = self._class_texts(backbone)
 
-    def _predict(self, features: FeatureSet) -> Tensor:
+    def _predict(self, features: FeatureSet) -> Tensor | None:
         return (features.image @ self._text(features).T).argmax(1)
 
     def _text(self, features: FeatureSet) -> Tensor:
@@ -67,25 +70,62 @@ class GLMCM(ZeroShot):
     """Global-local maximum concept matching.
 
     Args:
-        temperature: divides the cosines.
+        temperature: divides the cosines, or a classifier's logits.
         local_weight: factor of the local term.
+        head: "zero_shot" (cosines to the class texts), "classifier" (logits of the backbone's own head, on the image
+            and on every patch), or "auto": the classifier where the backbone has one and no text tower.
         **common: see `create_detector`.
     """
 
     name = "gl_mcm"
     capabilities = frozenset({"image", "local", "text"})
+    fit_options = frozenset({"head"})
 
-    def __init__(self, *, temperature: float = 1.0, local_weight: float = 1.0, **common: Any) -> None:
+    def __init__(
+        self, *, temperature: float = 1.0, local_weight: float = 1.0, head: str = "auto", **common: Any
+    ) -> None:
         super().__init__(**common)
         self.temperature = _check.positive("temperature", temperature)
         self.local_weight = local_weight
+        self.head = _check.choice("head", head, ("auto", "zero_shot", "classifier"))
 
     @property
     def needs(self) -> frozenset[str]:
-        """Image and local features."""
-        return frozenset({"image", "local"})
+        """Features of image and patches; their logits of a classifier."""
+        return frozenset({"logits", "local_logits"} if self.head == "classifier" else {"image", "local"})
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the class texts are encoded; a classifier has its head."""
+        return self.head == "classifier" or super().fitted
+
+    def _chosen_head(self, backbone: Backbone) -> str:
+        if self.head != "auto":
+            return self.head
+        classifier = "logits" in backbone.capabilities and "text" not in backbone.capabilities
+        return "classifier" if classifier else "zero_shot"
+
+    def _asks(self, backbone: Backbone) -> frozenset[str]:
+        classifier = self._chosen_head(backbone) == "classifier"
+        return frozenset({"logits", "local_logits"}) if classifier else super()._asks(backbone)
+
+    def _attach(self, backbone: Backbone) -> None:
+        self.head = self._chosen_head(backbone)
+        if self.head == "zero_shot":
+            super()._attach(backbone)
+            return
+        backbone.require(*sorted(self._asks(backbone)))
+        self.class_names = self.class_names or list(backbone.label_names or [])
+
+    def _predict(self, features: FeatureSet) -> Tensor | None:
+        return None if self.head == "classifier" else super()._predict(features)
 
     def _score(self, features: FeatureSet) -> Tensor:
+        if self.head == "classifier":
+            # Patches times classes are many numbers: few images at a time.
+            parts = zip(features.logits.split(_FEW), features.local_logits.split(_FEW), strict=True)
+            options = {"temperature": self.temperature, "local_weight": self.local_weight}
+            return torch.cat([functional.gl_mcm_logits(*part, **options) for part in parts])
         return functional.gl_mcm(
             features.image,
             features.local,
