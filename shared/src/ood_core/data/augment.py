@@ -58,6 +58,7 @@ class Views(ImageSource):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UsageError(f"The crop scale {tuple(scale)} must be two rising numbers above 0 and at most 1.")
         self.source, self.size, self.scale, self.seed = source, (int(size[0]), int(size[1])), tuple(scale), seed
+        self.place = source.place
         self._items = [(view, index) for view in range(first, first + count) for index in range(len(source))]
         self.ids = [f"{source.ids[index]}@{view}" for view, index in self._items]
         self.labels = None if source.labels is None else np.tile(source.labels, count)
@@ -72,9 +73,13 @@ class Views(ImageSource):
         return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else out
 
     def _stamp(self, item: tuple[int, int]) -> str:
-        view, index = item
-        stamp = self.source._stamp(self.source._items[index])
-        return f"{stamp} view {view} {self.seed} {self.size} {self.scale}"
+        return f"{self.source._stamp(self.source._items[item[1]])} {self._drawing(item[0])}"
+
+    def _content(self, item: tuple[int, int]) -> str:
+        return f"{self.source._content(self.source._items[item[1]])} {self._drawing(item[0])}"
+
+    def _drawing(self, view: int) -> str:
+        return f"view {view} {self.seed} {self.size} {self.scale}"
 
 
 class LiveViews:

@@ -56,6 +56,7 @@ class FewShot(ImageSource):
         part = source.subset(drawn)
         self.ids, self.labels = part.ids, np.asarray(part.labels)
         self.label_names, self.label_values = source.label_names, source.label_values
+        self.place = source.place
         self._items, self.source, self.shots, self.seed = drawn, source, shots, seed
         counts = np.bincount(self.labels, minlength=len(source.label_names)).tolist()
         self.short_classes = {n: c for n, c in zip(source.label_names, counts, strict=True) if c < shots}
@@ -65,6 +66,9 @@ class FewShot(ImageSource):
 
     def _stamp(self, item: int) -> str:
         return self.source._stamp(self.source._items[item])
+
+    def _content(self, item: int) -> str:
+        return self.source._content(self.source._items[item])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write seed, shots and the ids of every class as JSON; the file is replaced at one stroke."""

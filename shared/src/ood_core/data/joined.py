@@ -26,6 +26,7 @@ class JoinedSources(ImageSource):
 
     def __init__(self, sources: Mapping[str, ImageSource]) -> None:
         self.sources = dict(sources)
+        self.place = ", ".join(source.place for source in sources.values())
         items = [(name, index) for name, source in sources.items() for index in range(len(source))]
         ids = [f"{name}/{sources[name].ids[index]}" for name, index in items]
         super().__init__(ids, items, [_label(sources[name], index) for name, index in items])
@@ -40,6 +41,10 @@ class JoinedSources(ImageSource):
     def _stamp(self, item: tuple[str, int]) -> str:
         source = self.sources[item[0]]
         return source._stamp(source._items[item[1]])
+
+    def _content(self, item: tuple[str, int]) -> str:
+        source = self.sources[item[0]]
+        return source._content(source._items[item[1]])
 
 
 def _label(source: ImageSource, index: int) -> str | None:

@@ -49,6 +49,7 @@ class ImageList(_Files):
                 f"{len(absent):,} of the {len(paths):,} images of {str(file)!r} are not there, first {absent[0]!r}."
             )
         super().__init__([printable(path) for path, _ in rows], paths, [label for _, label in rows])
+        self.place = printable(str(file))
 
 
 def _read(file: Path) -> list[tuple[str, str]]:

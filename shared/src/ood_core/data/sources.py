@@ -42,12 +42,15 @@ class ImageSource(ABC):
         labels: int64 [N], index into `label_names`, -1 = unlabelled; None when no image has a label.
         label_names: one name per label.
         label_values: the labels as they stand in the data, one per label.
+        place: the folder or file they were found in, for people; "" for images in memory.
 
     Example:
         >>> source = ImageFolder("photos")  # doctest: +SKIP
         >>> source.ids[0], source.open(0).size  # doctest: +SKIP
         ('cat/001.jpg', (640, 480))
     """
+
+    place: str = ""
 
     def __init__(self, ids: Sequence[str], items: Sequence[Any], labels: Sequence[Any] | None = None) -> None:
         """Sort `items` by id and number the values of `labels` (None: unlabelled) in sorted order."""
@@ -70,6 +73,10 @@ class ImageSource(ABC):
     @abstractmethod
     def _stamp(self, item: Any) -> str:
         """A text that changes when the item's bytes change, without reading them all."""
+
+    def _content(self, item: Any) -> str:
+        """A text that says what the item's bytes are, wherever they lie; its stamp if that is all that is known."""
+        return self._stamp(item)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -118,10 +125,18 @@ class ImageSource(ABC):
     @property
     def fingerprint(self) -> str:
         """Hex digest over ids, labels and a stamp of every item's bytes (files: size and time of change)."""
+        return self._digest(self._stamp)
+
+    @property
+    def content(self) -> str:
+        """Hex digest over ids, labels and every item's bytes, the same for a copy elsewhere; reads all the bytes."""
+        return self._digest(self._content)
+
+    def _digest(self, describe: Callable[[Any], str]) -> str:
         labels = [-1] * len(self) if self.labels is None else self.labels.tolist()
         digest = hashlib.sha256(json.dumps(self.label_names).encode())
         for id, item, label in zip(self.ids, self._items, labels, strict=True):
-            digest.update(json.dumps([id, self._stamp(item), label]).encode())
+            digest.update(json.dumps([id, describe(item), label]).encode())
         return digest.hexdigest()
 
 
@@ -169,6 +184,14 @@ def _file_stamp(path: PathLike) -> str:
     return f"{info.st_size} {info.st_mtime_ns}"
 
 
+def _file_content(path: PathLike) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return "missing"
+
+
 def _existing(path: PathLike, kind: str) -> str:
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -184,6 +207,9 @@ class _Files(ImageSource):
 
     def _stamp(self, item: str) -> str:
         return _file_stamp(item)
+
+    def _content(self, item: str) -> str:
+        return _file_content(item)
 
 
 class ImageFolder(_Files):
@@ -215,6 +241,7 @@ class ImageFolder(_Files):
         relative = [path[start:].replace(os.sep, "/") for path in paths]
         labels = [printable(path).partition("/")[0] if "/" in path else None for path in relative]
         super().__init__(_unique(map(printable, relative)), paths, labels)
+        self.place = printable(root)
 
 
 def _no_image_in(root: str) -> str:
@@ -275,6 +302,7 @@ class Manifest(_Files):
         ids = [printable(str(_or(row.get("id"), item))) for row, item in zip(rows, items, strict=True)]
         labels = [_printable_label(row.get(label)) for row in rows]
         super().__init__(ids, [os.path.join(base, item) for item in items], labels)
+        self.place = printable(path)
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -394,6 +422,7 @@ class ParquetImages(ImageSource):
         if self.labels is not None and "name" in columns:
             self._take_names(columns[label], columns["name"])
         self._encoded = _EncodedColumn(self.file, image, rows)
+        self.place = printable(self.file) + (f":{split}" if split else "")
 
     def _take_names(self, values: list[Any], names: list[Any]) -> None:
         """Call the labels by `names`, if these give one name to each."""
@@ -411,6 +440,9 @@ class ParquetImages(ImageSource):
 
     def _stamp(self, item: int) -> str:
         return f"{_file_stamp(self.file)} {self.split} {item}"
+
+    def _content(self, item: int) -> str:
+        return hashlib.sha256(self._encoded[item] or b"").hexdigest()
 
 
 def _column_names(file: str, image: str, label: str, id: str | None) -> list[str]:
