@@ -259,11 +259,11 @@ def image_features(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     layer = backbone.layers()[-1]
     x = layer.enter(x)
-    attended = layer.parts.attend(x)
-    if backbone.reads_class_token:
-        attended = attended[:, :1]  # the other tokens' MLP is not read
-    image = backbone._image_embedding(layer.parts.feed_forward(attended))
-    local = backbone._local_embedding(layer.parts.value_path(x))
+    # Where the class token alone is read, the other tokens' MLP is not.
+    parts = layer.parts
+    behind = parts.feed_forward(parts.attend(x)[:, :1]) if backbone.reads_class_token else layer.block(x)
+    image = backbone._image_embedding(behind)
+    local = backbone._local_embedding(parts.value_path(x))
     if "prompts" not in backbone.capabilities:
         return image, local
     return F.normalize(image, dim=-1), F.normalize(local, dim=-1)

@@ -61,7 +61,7 @@ TABLES = {
     1: ("vanilla", "SeTAR"),
     2: ("LoRA", "SeTAR+FT"),
     3: ("vanilla", "SeTAR"),
-    4: ("vanilla", "SeTAR", "SeTAR+FT"),
+    4: ("vanilla", "LoRA", "SeTAR", "SeTAR+FT"),
 }
 """Table -> the methods that we run."""
 
@@ -80,9 +80,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 TRAINING: dict[str, dict[str, Any]] = {
     _CLIP_B: {"batch_size": 100, "rank": 32},
     _CLIP_L: {"batch_size": 20, "rank": 64},
-    _SWIN: {"batch_size": 50, "rank": 112, "crop_scale": 0.08},
+    _SWIN: {"batch_size": 50, "rank": 112, "crop_scale": 0.08, "jitter": 0.4},
 }
-"""Architecture -> batches and crops of the training, and the rank of LoRA."""
+"""Architecture -> batches and views of the training, and the rank of LoRA."""
 
 # Weights "up" of the towers, inputs of the lowest, width of the embedding, grid of patches.
 _ARCHITECTURES: dict[tuple[Any, ...], str] = {

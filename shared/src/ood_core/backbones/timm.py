@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -168,6 +168,11 @@ def _block_parts(block: Any, post_norm: bool) -> BlockParts:
     def value(x: Tensor) -> Tensor:
         return _gated(attention, x, F.linear(x, *_value_weights(attention)))
 
+    def scale(branch: int) -> Callable[[Tensor], Tensor]:
+        """LayerScale, and stochastic depth, which does nothing but in training."""
+        scale, drop = (getattr(block, f"{name}{branch}", identity) for name in ("ls", "drop_path"))
+        return lambda x: drop(scale(x))
+
     return BlockParts(
         block.norm1,
         getattr(block, "_attn", attention),  # Swin's windows
@@ -175,8 +180,8 @@ def _block_parts(block: Any, post_norm: bool) -> BlockParts:
         attention.proj,
         block.norm2,
         block.mlp,
-        getattr(block, "ls1", identity),
-        getattr(block, "ls2", identity),
+        scale(1),
+        scale(2),
         post_norm=post_norm,
     )
 

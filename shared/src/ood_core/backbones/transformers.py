@@ -389,7 +389,8 @@ SUPPORTED: dict[str, type[_Tower]] = {
 
 def _plain_layer(name: str, block: Any, names: _Names, mask: Tensor | None) -> Layer:
     attention = getattr(block, names.attention)
-    scales = [getattr(block, scale) for scale in names.scales] if names.scales else []
+    drop = getattr(block, "drop_path", identity)  # stochastic depth, which does nothing but in training
+    scales = [_then(getattr(block, scale), drop) for scale in names.scales] if names.scales else []
     parts = BlockParts(
         getattr(block, names.norm1),
         lambda x: attention(x, attention_mask=mask)[0],
@@ -400,6 +401,10 @@ def _plain_layer(name: str, block: Any, names: _Names, mask: Tensor | None) -> L
         *scales,
     )
     return Layer(name, lambda x: block(x, mask), parts, block)
+
+
+def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: second(first(x))
 
 
 def _swin_parts(block: Any) -> BlockParts:
@@ -421,6 +426,8 @@ def _swin_parts(block: Any) -> BlockParts:
         inner.output.dense,
         block.layernorm_after,
         lambda x: block.output(block.intermediate(x)),
+        block.drop_path,
+        block.drop_path,
         post_norm=True,
     )
 
