@@ -345,3 +345,14 @@ def test_gl_mcm_without_texts_and_without_a_head_says_what_is_missing(patch_clas
         create_detector("gl_mcm", backbone=patch_classifier, class_names=CLASSES, head="zero_shot")
     with pytest.raises(UsageError, match="has no 'logits'"):
         small_backbone.encode(torch.zeros(1, 3, 32, 32), {"local_logits"})
+
+
+def test_gl_mcm_of_clear_logits_keeps_their_order(patch_classifier):
+    """Float32 rounds all of these to 2."""
+    detector = create_detector("gl_mcm", backbone=patch_classifier)
+    margins = torch.tensor([50.0, 60.0, 80.0, 200.0])
+    logits = torch.zeros(4, 5).index_put((torch.arange(4), torch.tensor(2)), margins)
+    weak = logits[:, None].expand(4, 3, 5) / 2
+    assert functional.gl_mcm_logits(logits, weak).unique().tolist() == [2.0]
+    scores = detector.score_features(FeatureSet(ids=list("abcd"), logits=logits, local_logits=weak))
+    assert scores.tolist() == sorted(set(scores.tolist()))

@@ -1,14 +1,20 @@
 """Scores against golden values, float64 references written out here, and invariants."""
 
+from decimal import Decimal, localcontext
 from itertools import pairwise
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from ood_core import _nearest, functional
+from ood_core.detectors.logits import unsaturated_msp
+from ood_core.metrics import auroc
 from ood_core.ops import topk_patch_softmax
+from scipy.stats import spearmanr
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "scores.npz")
 LOGITS = np.load(Path(__file__).parent / "golden" / "logits_knn.npz")
@@ -307,3 +313,127 @@ BAD = [
 def test_bad_input_is_refused_with_the_value(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+# ---- bounded scores near their bound
+
+SHAPES = [(9, 4, 0, 3), (9, 4, 5, 3), (4, 9, 3, 6), (9, 4, 0, 11), (3, 2, 2, 6)]
+
+
+def exact_missing(logits, entries, k):
+    """min(1, R/k) minus the mean of the k largest probabilities, with 250 digits."""
+    with localcontext() as context:
+        context.prec = 250
+        found = []
+        for image in logits.double():
+            rows = [[Decimal(x).exp() for x in row] for row in image.tolist()]
+            shares = [x / sum(row) for row in rows for x in row[:entries]]
+            best = sum(sorted(shares, reverse=True)[:k])
+            found.append((min(k, len(rows)) - best) / k)
+        return found
+
+
+def exact_score(remaining, bound):
+    """The definition of `unsaturated`, from the exact remaining mass."""
+    tail = 2.0**-10
+    logs = np.array([float(r.ln()) for r in remaining])
+    plain = np.array([bound - float(r) for r in remaining])
+    return np.where(logs < np.log(tail), bound - tail + tail * (np.log(tail) - logs), plain)
+
+
+@pytest.mark.parametrize(("patches", "classes", "negatives", "k"), SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 0.002])
+def test_sums_of_matches_keep_the_exact_order_up_to_their_bound(patches, classes, negatives, k, temperature):
+    text, local_text, generator = unit(classes, 6), unit(classes, 6, seed=1), torch.Generator().manual_seed(2)
+    chosen = torch.randint(classes, (6, patches), generator=generator)
+    local = F.normalize(local_text[chosen] + 0.3 * unit(6, patches, 6, seed=3), dim=-1)
+    image = F.normalize(text[chosen[:, 0]] + 0.3 * unit(6, 6, seed=4), dim=-1)
+    others = unit(negatives, 6, seed=5) if negatives else None
+    columns = local_text if others is None else torch.cat([local_text, others])
+    match = topk_patch_softmax(local, local_text, others, k=k, temperature=temperature)
+    score = functional.mcm(image, text, temperature=temperature) + match.image_to_text + 0.7 * match.text_to_image
+    given = [x if x is None else x.float() for x in (score, image, local, text, others)]
+    found = functional.unsaturated_match(*given, local_text=local_text.float(), k=k, temperature=temperature, alpha=0.7)
+    assert found.dtype == torch.float32
+    logits = local @ columns.T / temperature
+    factor = Decimal(7) / 10 * patches / classes
+    terms = (
+        exact_missing((image @ text.T / temperature)[:, None], classes, 1),
+        exact_missing(logits, classes, k),
+        exact_missing(logits[..., :classes].mT, patches, k),
+    )
+    bound = 1 + min(1, patches / k) + float(factor) * min(1, classes / k)
+    written = exact_score([a + b + factor * c for a, b, c in zip(*terms, strict=True)], bound)
+    # one unit of what float32 resolves of a cosine moves the tail by 2^-10 * 1e-7 / T
+    np.testing.assert_allclose(found.double().numpy(), written, rtol=0, atol=2e-6 + 1e-9 / temperature)
+    if temperature == 1:
+        assert torch.equal(found, given[0])
+
+
+def test_the_released_form_and_both_terms_of_gl_mcm_reach_their_bound():
+    eye, at = torch.eye(3), {"k": 1, "temperature": 0.02}
+    score = functional.r_mcm(eye[:1], eye[None], eye, eye[:1] * 0 - eye[:1], form="released", **at)
+    found = functional.unsaturated_match(score, eye[:1], eye[None], eye, -eye[:1], form="released", **at)
+    assert 2 < float(found) < 2.1
+    score = functional.gl_mcm(eye[:1], eye[None], eye, temperature=0.02, local_weight=0.5)
+    found = functional.unsaturated_match(score, eye[:1], eye[None], eye, local_weight=0.5, **at)
+    remaining = 1.5 * (2 * np.exp(-50) / (1 + 2 * np.exp(-50)))
+    assert float(found) == pytest.approx(1.5 - 2**-10 + 2**-10 * (np.log(2**-10) - np.log(remaining)), abs=2e-7)
+
+
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(st.integers(0, 2**31), st.floats(-3, 6), st.integers(2, 30))
+def test_unsaturated_msp_is_the_exact_order_at_every_scale_of_logits(seed, exponent, classes):
+    logits = 10**exponent * torch.randn(40, classes, generator=torch.Generator().manual_seed(seed))
+    plain = functional.msp(logits)
+    found = functional.unsaturated(plain, functional.log_remaining(logits))
+    wide = logits.double()
+    top, index = wide.max(1, keepdim=True)
+    odds = top[:, 0] - wide.scatter(1, index, -torch.inf).logsumexp(1)
+    assert found.isfinite().all()
+    ordinary = odds < np.log(999)
+    assert torch.equal(found[ordinary], plain[ordinary])
+    order = odds.argsort()
+    assert (found[order].diff() >= -2e-7 * found[order][1:].abs()).all()  # rounding, and no more
+    apart = odds[order].diff() > 1e-3 + 1e-5 * odds[order][1:]
+    apart &= (odds[order][1:] > np.log(2000)) & (odds[order][1:] < 2**23)
+    assert (found[order].diff()[apart] > 0).all()
+
+
+def test_unsaturated_is_continuous_of_one_slope_and_finite():
+    remaining = torch.tensor([0.5, 2.0**-10 * 1.001, 2.0**-10 * 0.999, 1e-12, 1e-300, 0.0], dtype=torch.float64)
+    for bound in (1.0, 2.7, 19.6):
+        found = functional.unsaturated(bound - remaining, remaining.log(), bound=bound)
+        assert found[:2].tolist() == (bound - remaining[:2]).tolist()
+        assert found[2] - found[1] == pytest.approx(float(remaining[1] - remaining[2]), rel=1e-3)
+        assert (found.diff() > 0).all()
+        assert found.isfinite().all()
+    near_zero = functional.unsaturated(-remaining.float(), remaining.log().float(), bound=0.0)
+    assert torch.equal(near_zero[:4], -remaining[:4].float())
+    assert (near_zero.double().diff() > 0).all()
+
+
+def test_confident_images_are_told_apart_as_by_their_log_odds():
+    """Nine of ten ID images and four of ten OOD images have a probability that float32 rounds to 1."""
+    rng = np.random.default_rng(0)
+
+    def logits(count, mean):
+        rest = rng.normal(size=(count, 10))
+        return torch.from_numpy(np.concatenate([rng.normal(mean, 7, (count, 1)), rest], 1)).float()
+
+    known, unknown = logits(3000, 28), logits(3000, 17)
+
+    def scores(function):
+        return function(known), function(unknown)
+
+    def odds(x):
+        top, index = x.double().max(1, keepdim=True)
+        return top[:, 0] - x.double().scatter(1, index, -torch.inf).logsumexp(1)
+
+    plain, spread = scores(functional.msp), scores(unsaturated_msp)
+    assert 0.85 < (plain[0] == 1).double().mean() < 0.95
+    assert 0.3 < (plain[1] == 1).double().mean() < 0.5
+    expected = auroc(*scores(odds))
+    assert auroc(*plain) < expected - 0.05
+    assert auroc(*spread) == pytest.approx(expected, abs=1e-4)
+    assert spearmanr(torch.cat(spread), torch.cat(scores(odds))).statistic > 1 - 1e-6

@@ -6,8 +6,11 @@ float64, everything else is computed in float32. N images, P patches, C classes,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ood_core import _check
 from ood_core._nearest import distance_to_kth
@@ -19,13 +22,23 @@ __all__ = [
     "gl_mcm",
     "gl_mcm_logits",
     "knn",
+    "log_remaining",
     "mahalanobis",
     "max_logit",
     "mcm",
     "msp",
     "r_mcm",
+    "unsaturated",
+    "unsaturated_match",
     "vim",
 ]
+
+# The last part of a bounded score, which float32 would round away: a thousandth, resolved to 1e-4 of what remains.
+_TAIL = 2.0**-10
+# Cosines of float32 tell no finer odds than exp(2^24) apart, at any temperature; and no score becomes infinite.
+_LEAST_LOG = -(2.0**24)
+# Logits held at a time, in elements.
+_CHUNK = 1 << 20
 
 
 def mcm(image: Tensor, text: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -372,3 +385,158 @@ def vim(queries: Tensor, logits: Tensor, origin: Tensor, null_space: Tensor, *, 
     )
     residual = ((queries - origin) @ null_space).norm(dim=-1)
     return energy(logits) - _check.positive("alpha", alpha) * residual
+
+
+# ---- bounded scores near their bound
+
+
+def unsaturated(score: Tensor, log_remaining: Tensor, *, bound: float = 1.0) -> Tensor:
+    """A bounded score in the order of its exact value where float32 would round it to the bound.
+
+    With r = bound - score, known to full precision as its logarithm, the score stays as it is down to a remaining
+    r = 2^-10 and goes on as bound - 2^-10 + 2^-10 log(2^-10 / r): continuous, of the same slope, increasing without
+    end. A bound of 0 needs this only where r is no normal number any more, since floats are dense around 0.
+
+    Args:
+        score: [N], at most `bound`.
+        log_remaining: log(bound - score) [N], computed without a difference (see `log_remaining`).
+        bound: the largest value of the score.
+
+    Returns:
+        [N], equal to `score` wherever r is at least 2^-10.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit, or NaN.
+
+    Example:
+        >>> log_r = torch.tensor([-1.0, -20.0, -200.0])
+        >>> unsaturated(1 - log_r.exp(), log_r).round(decimals=4)
+        tensor([0.6321, 1.0118, 1.1876])
+    """
+    score, log_remaining = _check.tensors(score=(score, "N"), log_remaining=(log_remaining, "N"))
+    tail = _TAIL if bound else torch.finfo(score.dtype).tiny
+    beyond = math.log(tail) - log_remaining.clamp(min=_LEAST_LOG)
+    return torch.where(beyond > 0, bound - tail + tail * beyond, score)
+
+
+def log_remaining(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log(1 - `msp`): the logarithm of the probability of all classes but the largest.
+
+    Args:
+        logits: [N, C].
+        temperature: divides the logits, above 0.
+
+    Returns:
+        [N], at most log(1 - 1/C); -inf for a single class.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong rank, NaN, `temperature` not above 0.
+
+    Example:
+        >>> log_remaining(torch.tensor([[0.0, 200.0, 0.0]])).round(decimals=3)
+        tensor([-199.3070])
+    """
+    (logits,) = _check.tensors(logits=(logits, "N C"))
+    return _log_rest_of_largest(logits / _check.positive("temperature", temperature))
+
+
+def _log_rest_of_largest(logits: Tensor) -> Tensor:
+    """log(1 - largest softmax) over the last axis: minus the softplus of the log-odds, which nothing saturates."""
+    top, index = logits.max(-1, keepdim=True)
+    others = logits.scatter(-1, index, -math.inf).logsumexp(-1)
+    return logsigmoid(others - top.squeeze(-1))
+
+
+def unsaturated_match(
+    score: Tensor,
+    image: Tensor,
+    local: Tensor,
+    text: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    local_text: Tensor | None = None,
+    k: int,
+    temperature: float = 1.0,
+    local_weight: float = 1.0,
+    alpha: float = 0.0,
+    form: str = "paper",
+) -> Tensor:
+    """`unsaturated` of a weighted sum of matches: of `gl_mcm` (k = 1), `r_mcm`, and S-MCM (`alpha` above 0).
+
+    The sum is bounded by 1 + local_weight min(1, P/k) + alpha P/C min(1, C/k), since every patch gives at most 1 in
+    one direction and every class in the other. Only images within 2^-9 of that are computed again, so that all
+    others cost nothing; unit vectors at temperature 1 never come near it.
+
+    Args:
+        score: the sum [N].
+        image: [N, d] unit norm.
+        local: [N, P, d] unit norm.
+        text: [C, d] unit norm.
+        negatives: [M, d] unit norm, or None.
+        local_text: [C, d] unit norm, compared with `local`; None: `text`.
+        k: number of (patch, class) entries averaged.
+        temperature: divides the cosines, above 0.
+        local_weight: factor of the patch-to-class term, at least 0.
+        alpha: factor of the class-to-patch term, at least 0.
+        form: "paper", or "released" (see `r_mcm`).
+
+    Returns:
+        [N], equal to `score` where at least 2^-10 remains to the bound.
+
+    Raises:
+        TypeError: not floating-point tensors, or `k` no integer.
+        ValueError: shapes that do not fit, NaN, `k` out of range, `temperature` not above 0.
+
+    Example:
+        >>> eye, at = torch.eye(2), {"k": 1, "temperature": 0.01}
+        >>> unsaturated_match(r_mcm(eye[:1], eye[None], eye, **at), eye[:1], eye[None], eye, **at)
+        tensor([2.0912])
+    """
+    score, image, local, text, local_text, negatives = _check.tensors(
+        score=(score, "N"),
+        image=(image, "N d"),
+        local=(local, "N P d"),
+        text=(text, "C d"),
+        local_text=(local_text, "C d"),
+        negatives=(negatives, "M d"),
+    )
+    patches, classes = local.shape[1], len(text)
+    _check.integer("k", k, 1, patches * classes, "patches x classes")
+    _check.positive("temperature", temperature)
+    to_image = alpha * patches / classes
+    bound = 1 + local_weight * min(1, patches / k) + to_image * min(1, classes / k)
+    columns = text if local_text is None else local_text
+    if negatives is not None:
+        columns = torch.cat([columns, negatives])
+    near = (score > bound - 2 * _TAIL).nonzero()[:, 0]
+    if not len(near):
+        return score
+    found = score.clone()
+    for rows in near.split(max(1, _CHUNK // (patches * len(columns)))):
+        logits = local[rows] @ columns.T / temperature
+        over_columns = logits.exp() / temperature if form == "released" and negatives is not None else logits
+        terms = [
+            (1.0, _log_rest_of_largest(image[rows] @ text.T / temperature)),
+            (local_weight, _log_missing(over_columns, classes, k)),
+            (to_image, _log_missing(logits[..., :classes].mT, patches, k) if to_image else None),
+        ]
+        parts = torch.stack([math.log(weight) + part for weight, part in terms if weight and part is not None])
+        found[rows] = unsaturated(score[rows], parts.logsumexp(0), bound=bound)
+    return found
+
+
+def _log_missing(logits: Tensor, entries: int, k: int) -> Tensor:
+    """log(min(1, R/k) - mean of the k largest softmax probabilities) of logits [N, R, S] over S, [N].
+
+    Only the first `entries` columns count for the k largest.
+    """
+    log_p = logits.log_softmax(-1)
+    if k > logits.shape[1]:  # the mass of every row that is not among the k
+        left = log_p[..., :entries].flatten(1).sort(descending=True).values[:, k:]
+        return torch.cat([left, log_p[..., entries:].flatten(1)], 1).logsumexp(1) - math.log(k)
+    # The k largest probabilities are those that leave least; near 1 only the sum of the others tells them apart.
+    log_rest = torch.log1p(-log_p.exp().clamp(max=1.0))
+    log_rest = log_rest.scatter(-1, logits.argmax(-1, keepdim=True), _log_rest_of_largest(logits)[..., None])
+    return log_rest[..., :entries].flatten(1).topk(k, largest=False).values.logsumexp(1) - math.log(k)

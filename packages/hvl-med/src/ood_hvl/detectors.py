@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from ood_core import _check
+from ood_core import _check, functional
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
@@ -322,7 +322,11 @@ class HVL(TrainedDetector):
         return {self.name: self, f"{self.name}_{other}": copy.copy(self).set_params(patch_mean=other)}
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return self._combined(features)[1]
+        p_id, score, best = self._combined(features)
+        others = p_id.scatter(1, best[:, None], 0).sum(1)
+        # With the paper's mean dropped tiles are missing from the sum, too; rounding alone is not.
+        dropped = 1 - p_id.sum(1)
+        return functional.unsaturated(score, (others + dropped.where(dropped > 1e-5, 0)).log())
 
     def _predict(self, features: FeatureSet) -> Tensor:
         return self._combined(features)[2]

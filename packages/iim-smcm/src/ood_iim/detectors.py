@@ -20,7 +20,7 @@ from ood_core.detectors.trained import TrainedDetector
 from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
-from ood_core.functional import mcm
+from ood_core.functional import mcm, unsaturated_match
 from ood_core.ops import topk_patch_softmax
 from ood_core.training import train
 from PIL import Image
@@ -66,7 +66,9 @@ class SMCM(ZeroShot):
         # Both are there: the base class has checked `needs`.
         image, local = cast(Tensor, features.image), cast(Tensor, features.local)
         text, k = self._text(features), default_k(self.k, local.shape[1])
-        return functional.s_mcm(image, local, text, text, k=k, temperature=self.temperature, alpha=self.alpha)
+        options: dict[str, Any] = {"k": k, "temperature": self.temperature, "alpha": self.alpha}
+        score = functional.s_mcm(image, local, text, text, **options)
+        return unsaturated_match(score, image, local, text, **options)
 
     def explain_image(self, image: Image.Image) -> Image.Image:
         """The picture of `ood_iim.explain`.
@@ -348,17 +350,16 @@ class IIM(TrainedDetector):
 
     def _score(self, features: FeatureSet) -> Tensor:
         text, local_text, negatives = self._texts(features)
-        return functional.s_mcm(
-            features.image,
-            features.local,
-            text,
-            local_text,
-            negatives if self.negatives == "use" else None,
-            k=default_k(self.k, features.local.shape[1]),
-            temperature=self.temperature,
-            alpha=self.alpha,
-            form=self.form,
-        )
+        negatives = negatives if self.negatives == "use" else None
+        image, local = features.image, features.local
+        options: dict[str, Any] = {
+            "k": default_k(self.k, local.shape[1]),
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+            "form": self.form,
+        }
+        score = functional.s_mcm(image, local, text, local_text, negatives, **options)
+        return unsaturated_match(score, image, local, text, negatives, local_text=local_text, **options)
 
     def _texts(self, features: FeatureSet) -> tuple[Tensor, Tensor, Tensor | None]:
         device = features.image.device

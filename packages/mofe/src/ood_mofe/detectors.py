@@ -17,6 +17,7 @@ from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.logits import unsaturated_msp
 from ood_core.detectors.trained import TrainedDetector
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
@@ -24,7 +25,7 @@ from ood_core.prompts import text_features
 from PIL import Image
 from torch import Tensor
 
-from ood_mofe.functional import atd, ctw, mos
+from ood_mofe.functional import unsaturated_atd, unsaturated_ctw, unsaturated_mos
 from ood_mofe.model import MoFENetwork, Readout, check_depth, check_ways, image_projection, require_class_token
 from ood_mofe.partition import GROUPINGS, assign_groups, imagenet_words, initial_groups
 from ood_mofe.training import Split, Survey, split_validation, survey, train_network
@@ -34,7 +35,7 @@ __all__ = ["MoFE", "read_texts"]
 log = logging.getLogger(__name__)
 
 _FEATURES = frozenset({"router", "token"})
-_LOGIT_SCORES = {"msp": functional.msp, "max_logit": functional.max_logit, "energy": functional.energy}
+_LOGIT_SCORES = {"msp": unsaturated_msp, "max_logit": functional.max_logit, "energy": functional.energy}
 _HEAD_SCORES = ("others", "mos")
 _TEXT_SCORES = ("atd", "ctw")
 _TRAINING = (
@@ -506,12 +507,15 @@ class MoFE(TrainedDetector):
             )
         if self.scorer in _TEXT_SCORES and "yes" in self.state:
             projected, yes, no = (self.state[name].to(token) for name in ("projection", "yes", "no"))
-            return {"atd": atd, "ctw": ctw}[self.scorer](F.normalize(token @ projected, dim=1), yes, no)
+            return {"atd": unsaturated_atd, "ctw": unsaturated_ctw}[self.scorer](
+                F.normalize(token @ projected, dim=1), yes, no
+            )
         heads = self._readout(token).heads
         assert heads is not None
         if self.scorer == "mos" or not self.moe:
-            return mos(heads.by_group(token))
-        return 1 - heads.others(token, expert)
+            return unsaturated_mos(heads.by_group(token))
+        odds = heads.others_odds(token, expert)
+        return functional.unsaturated((-odds).sigmoid(), F.logsigmoid(odds))
 
     def _knn(self, queries: Tensor, expert: Tensor) -> Tensor:
         """Each image against the bank of its expert, or against all."""

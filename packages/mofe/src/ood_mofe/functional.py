@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ood_core import _check
+from ood_core.functional import unsaturated
 from torch import Tensor
 
 from ood_mofe.dispatch import expert_class_token, expert_tokens
@@ -285,8 +286,8 @@ def ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -
         >>> ctw(torch.eye(2)[:1], torch.eye(2), torch.eye(2))
         tensor([0.5000])
     """
-    logits, says_yes = _yes_and_no(image, yes, no, logit_scale)
-    return says_yes.gather(1, logits.argmax(1, keepdim=True))[:, 0]
+    logits, odds = _yes_and_no(image, yes, no, logit_scale)
+    return odds.gather(1, logits.argmax(1, keepdim=True))[:, 0].sigmoid()
 
 
 def atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
@@ -311,15 +312,45 @@ def atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -
         >>> atd(torch.eye(2)[:1], torch.eye(2), torch.eye(2))
         tensor([0.5000])
     """
-    logits, says_yes = _yes_and_no(image, yes, no, logit_scale)
-    return (says_yes * logits.softmax(-1)).sum(-1)
+    logits, odds = _yes_and_no(image, yes, no, logit_scale)
+    return (odds.sigmoid() * logits.softmax(-1)).sum(-1)
+
+
+def unsaturated_mos(group_logits: Sequence[Tensor]) -> Tensor:
+    """`mos` in the order of the log-odds near -1 and, below the smallest float32, near 0 (see `unsaturated`).
+
+    Args:
+        group_logits: per group [N, Q_e + 1], "others" last.
+
+    Example:
+        >>> unsaturated_mos([torch.tensor([[0.0, 30.0], [0.0, 0.0]])]).round(decimals=4)
+        tensor([-1.0216, -0.5000])
+    """
+    score = mos(group_logits)
+    odds = torch.stack([logits[:, -1] - logits[:, :-1].logsumexp(1) for logits in group_logits]).amin(0).to(score)
+    return unsaturated(-unsaturated(-score, F.logsigmoid(-odds)), F.logsigmoid(odds), bound=0.0)
+
+
+def unsaturated_ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+    """`ctw` in the order of the log-odds near 1 (see `unsaturated`); arguments as there."""
+    logits, odds = _yes_and_no(image, yes, no, logit_scale)
+    of_best = odds.gather(1, logits.argmax(1, keepdim=True))[:, 0]
+    return unsaturated(of_best.sigmoid(), F.logsigmoid(-of_best))
+
+
+def unsaturated_atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+    """`atd` in the order of what remains to 1 near 1 (see `unsaturated`); arguments as there."""
+    logits, odds = _yes_and_no(image, yes, no, logit_scale)
+    remaining = (logits.log_softmax(-1) + F.logsigmoid(-odds)).logsumexp(-1)
+    return unsaturated((odds.sigmoid() * logits.softmax(-1)).sum(-1), remaining)
 
 
 def _yes_and_no(image: Tensor, yes: Tensor, no: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Logits of "yes", and the log-odds of "yes" against "no", [N, C] each."""
     image, yes, no = _check.tensors(image=(image, "N d"), yes=(yes, "C d"), no=(no, "C d"))
     scale = _check.positive("logit_scale", logit_scale)
     logits = scale * image @ yes.T
-    return logits, (logits - scale * image @ no.T).sigmoid()
+    return logits, logits - scale * image @ no.T
 
 
 def _blend(x: Tensor, lam: Tensor, index: Tensor) -> Tensor:

@@ -74,7 +74,12 @@ class _Heads(nn.Module):
 
     def others(self, token: Tensor, group: Tensor) -> Tensor:
         """Probability [N] of "others" in the head of one group."""
-        return self(token, group).softmax(-1).gather(1, self.sizes[group][:, None])[:, 0]
+        return self.others_odds(token, group).sigmoid()
+
+    def others_odds(self, token: Tensor, group: Tensor) -> Tensor:
+        """Log-odds [N] of "others" in the head of one group."""
+        logits, others = self(token, group), self.sizes[group][:, None]
+        return logits.gather(1, others)[:, 0] - logits.scatter(1, others, -math.inf).logsumexp(1)
 
     def log_probabilities(self, token: Tensor) -> Tensor:
         """[N, C], each class in the head of its own group."""

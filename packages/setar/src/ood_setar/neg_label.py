@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import gzip
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from ood_core import _check
+from ood_core import _check, functional
 from ood_core._files import write_atomically
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.zero_shot import ZeroShot
@@ -23,6 +24,7 @@ from ood_core.errors import DataError, MissingDataError, UsageError, unknown_nam
 from ood_core.features import FeatureSet
 from ood_core.prompts import fill
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 __all__ = ["NegLabel", "neg_label", "read_words", "select_negatives"]
 
@@ -83,12 +85,19 @@ def neg_label(
         >>> neg_label(torch.eye(3)[:1], torch.eye(3)[:1], torch.eye(3)[1:], logit_scale=1, groups=2)
         tensor([0.7311])
     """
+    return _log_odds(image, text, negatives, logit_scale, temperature, groups).sigmoid().mean(-1)
+
+
+def _log_odds(
+    image: Tensor, text: Tensor, negatives: Tensor, logit_scale: float, temperature: float, groups: int
+) -> Tensor:
+    """Of the classes against each group of negatives, [N, groups]."""
     image, text, negatives = _check.tensors(image=(image, "N d"), text=(text, "C d"), negatives=(negatives, "M d"))
     size = len(negatives) // _check.integer("groups", groups, 1, len(negatives), "1 to the number of negatives")
     scale = _scale(logit_scale, temperature, image.dtype)
     known = (scale * (image @ text.T)).logsumexp(-1, keepdim=True)
     others = scale * (image @ negatives[: groups * size].T)
-    return (known - others.unflatten(-1, (groups, size)).logsumexp(-1)).sigmoid().mean(-1)
+    return known - others.unflatten(-1, (groups, size)).logsumexp(-1)
 
 
 def _scale(logit_scale: float, temperature: float, dtype: torch.dtype) -> float:
@@ -282,14 +291,12 @@ class NegLabel(ZeroShot):
         return "negatives" in self.state
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return neg_label(
-            features.image,
-            self._text(features),
-            self.state["negatives"].to(features.image.device),
-            logit_scale=self.logit_scale or float(self.state["logit_scale"]),
-            temperature=self.temperature,
-            groups=self.groups,
-        )
+        negatives = self.state["negatives"].to(features.image.device)
+        scale = self.logit_scale or float(self.state["logit_scale"])
+        odds = _log_odds(features.image, self._text(features), negatives, scale, self.temperature, self.groups)
+        # float32 rounds clear cases to 1: what remains is averaged instead (see `functional.unsaturated`).
+        remaining = logsigmoid(-odds).logsumexp(-1) - math.log(self.groups)
+        return functional.unsaturated(odds.sigmoid().mean(-1), remaining)
 
     # ---- mining
 

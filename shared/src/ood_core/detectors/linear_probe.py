@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ood_core import _check, functional
 from ood_core.detectors.base import Detector
+from ood_core.detectors.logits import unsaturated_msp
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
 
@@ -22,7 +23,7 @@ L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties tried, strongest first: for unit-norm features from almost class means to almost no penalty."""
 
 _SCORERS = {
-    "msp": functional.msp,
+    "msp": unsaturated_msp,
     "max_logit": functional.max_logit,
     "energy": functional.energy,
     "gen": functional.gen,
@@ -37,7 +38,7 @@ class LinearProbe(Detector):
     Needs no text tower, so it is the baseline for every backbone. Classes without an image are left out.
 
     Args:
-        scorer: "msp", "max_logit", "energy" or "gen", of `ood_core.functional`.
+        scorer: "msp" (as the detector `msp`), "max_logit", "energy" or "gen", of `ood_core.functional`.
         l2: strength of the penalty, see `fit_logistic`; None: the one of `L2_GRID` with the smallest loss on a fifth
             of each class held out, then fitted on all images.
         seed: of the images held out.

@@ -14,9 +14,15 @@ from ood_core.detectors.base import Detector
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
 
-__all__ = ["GEN", "MSP", "Energy", "LogitDetector", "MaxLogit"]
+__all__ = ["GEN", "MSP", "Energy", "LogitDetector", "MaxLogit", "unsaturated_msp"]
 
 _HEADS = ("auto", "zero_shot", "probe", "classifier")
+
+
+def unsaturated_msp(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """`functional.msp`, with the order of the log-odds above .999."""
+    score = functional.msp(logits, temperature=temperature)
+    return functional.unsaturated(score, functional.log_remaining(logits, temperature=temperature))
 
 
 class LogitDetector(Detector):
@@ -92,7 +98,9 @@ class LogitDetector(Detector):
 
 
 class MSP(LogitDetector):
-    """Maximum softmax probability.
+    """Maximum softmax probability; above .999, where float32 would round it to 1, in the order of the log-odds.
+
+    A score above 1 is therefore no mistake: it says how little is left to 1 (see `functional.unsaturated`).
 
     Args:
         temperature: divides the logits.
@@ -108,7 +116,7 @@ class MSP(LogitDetector):
         self.temperature = _check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return functional.msp(self.logits(features), temperature=self.temperature)
+        return unsaturated_msp(self.logits(features), temperature=self.temperature)
 
 
 class MaxLogit(LogitDetector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ood_core import _check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
+from ood_core.detectors.logits import unsaturated_msp
 from ood_core.features import FeatureSet
 
 __all__ = ["GLMCM", "MCM", "RMCM", "ZeroShot", "default_k"]
@@ -49,7 +51,7 @@ class ZeroShot(Detector):
 
 
 class MCM(ZeroShot):
-    """Maximum concept matching.
+    """Maximum concept matching; above .999 in the order of the log-odds (see `functional.unsaturated`).
 
     Args:
         temperature: divides the cosines.
@@ -63,15 +65,15 @@ class MCM(ZeroShot):
         self.temperature = _check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
-        return functional.mcm(features.image, self._text(features), temperature=self.temperature)
+        return unsaturated_msp(features.image @ self._text(features).T, temperature=self.temperature)
 
 
 class GLMCM(ZeroShot):
-    """Global-local maximum concept matching.
+    """Global-local maximum concept matching; near its bound in exact order (see `functional.unsaturated_match`).
 
     Args:
         temperature: divides the cosines, or a classifier's logits.
-        local_weight: factor of the local term.
+        local_weight: factor of the local term, at least 0.
         head: "zero_shot" (cosines to the class texts), "classifier" (logits of the backbone's own head, on the image
             and on every patch), or "auto": the classifier where the backbone has one and no text tower.
         **common: see `create_detector`.
@@ -86,7 +88,7 @@ class GLMCM(ZeroShot):
     ) -> None:
         super().__init__(**common)
         self.temperature = _check.positive("temperature", temperature)
-        self.local_weight = local_weight
+        self.local_weight = 0.0 if local_weight == 0 else _check.positive("local_weight", local_weight)
         self.head = _check.choice("head", head, ("auto", "zero_shot", "classifier"))
 
     @property
@@ -121,22 +123,27 @@ class GLMCM(ZeroShot):
         return None if self.head == "classifier" else super()._predict(features)
 
     def _score(self, features: FeatureSet) -> Tensor:
+        options: dict[str, Any] = {"temperature": self.temperature, "local_weight": self.local_weight}
         if self.head == "classifier":
             # Patches times classes are many numbers: few images at a time.
             parts = zip(features.logits.split(_FEW), features.local_logits.split(_FEW), strict=True)
-            options = {"temperature": self.temperature, "local_weight": self.local_weight}
-            return torch.cat([functional.gl_mcm_logits(*part, **options) for part in parts])
-        return functional.gl_mcm(
-            features.image,
-            features.local,
-            self._text(features),
-            temperature=self.temperature,
-            local_weight=self.local_weight,
-        )
+            return torch.cat([_unsaturated_of_logits(*part, **options) for part in parts])
+        matched = (features.image, features.local, self._text(features))
+        return functional.unsaturated_match(functional.gl_mcm(*matched, **options), *matched, k=1, **options)
+
+
+def _unsaturated_of_logits(image: Tensor, local: Tensor, *, temperature: float, local_weight: float) -> Tensor:
+    """`functional.gl_mcm_logits`, near its bound in exact order."""
+    score = functional.gl_mcm_logits(image, local, temperature=temperature, local_weight=local_weight)
+    remaining = functional.log_remaining(image, temperature=temperature)
+    if local_weight:
+        cells = functional.log_remaining(local.flatten(0, 1), temperature=temperature).view(local.shape[:2])
+        remaining = remaining.logaddexp(cells.amin(-1) + math.log(local_weight))
+    return functional.unsaturated(score, remaining, bound=1 + local_weight)
 
 
 class RMCM(ZeroShot):
-    """Regional MCM without negatives (R-MCM*).
+    """Regional MCM without negatives (R-MCM*); near its bound in exact order (see `functional.unsaturated_match`).
 
     Args:
         k: (patch, class) entries averaged; None: 50 if the grid has at least 100 patches, else a quarter of them.
@@ -158,5 +165,7 @@ class RMCM(ZeroShot):
         return frozenset({"image", "local"})
 
     def _score(self, features: FeatureSet) -> Tensor:
+        matched = (features.image, features.local, self._text(features))
         k = default_k(self.k, features.local.shape[1])
-        return functional.r_mcm(features.image, features.local, self._text(features), k=k, temperature=self.temperature)
+        score = functional.r_mcm(*matched, k=k, temperature=self.temperature)
+        return functional.unsaturated_match(score, *matched, k=k, temperature=self.temperature)
