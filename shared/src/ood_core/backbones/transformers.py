@@ -390,7 +390,7 @@ SUPPORTED: dict[str, type[_Tower]] = {
 def _plain_layer(name: str, block: Any, names: _Names, mask: Tensor | None) -> Layer:
     attention = getattr(block, names.attention)
     drop = getattr(block, "drop_path", identity)  # stochastic depth, which does nothing but in training
-    scales = [_then(getattr(block, scale), drop) for scale in names.scales] if names.scales else []
+    scale1, scale2 = (_then(getattr(block, scale), drop) for scale in names.scales) if names.scales else (drop, drop)
     parts = BlockParts(
         getattr(block, names.norm1),
         lambda x: attention(x, attention_mask=mask)[0],
@@ -398,7 +398,8 @@ def _plain_layer(name: str, block: Any, names: _Names, mask: Tensor | None) -> L
         getattr(attention, names.out),
         getattr(block, names.norm2),
         block.mlp,
-        *scales,
+        scale1,
+        scale2,
     )
     return Layer(name, lambda x: block(x, mask), parts, block)
 

@@ -7,7 +7,7 @@ __all__ = ["LiveViews", "Views"]
 import math
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -116,7 +116,7 @@ class LiveViews:
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
         """Pixels of these images' views in this epoch."""
-        options = {"scale": self.scale, "seed": self.seed, "jitter": self.jitter}
+        options: dict[str, Any] = {"scale": self.scale, "seed": self.seed, "jitter": self.jitter}
         views = Views(self.source, 1, size=self.transform.crop, first=epoch, **options)
         (batch,) = load_batches(views, self.transform, [rows.tolist()], progress=False)
         return batch.pixels
