@@ -787,8 +787,11 @@ def test_a_log_of_another_search_is_refused_and_kept(clip, photos, tmp_path, cha
 def test_a_log_of_other_images_or_of_another_backbone_or_no_log_is_refused(make, clip, photos, tmp_path):
     log = tmp_path / "log.jsonl"
     search(clip, photos, log_file=log, **OPTIONS)
-    for backbone, source in ((clip, make.photos(LABELS, seed=1)), (make.clip(seed=1), photos)):
-        with pytest.raises(UsageError, match="log of another search"):
+    for backbone, source, word in (
+        (clip, make.photos(LABELS, seed=1), "images"),
+        (make.clip(seed=1), photos, "backbone"),
+    ):
+        with pytest.raises(UsageError, match=rf"log of another search.*: {word}\)"):
             search(backbone, source, log_file=log, **OPTIONS)
     for text in ("no log\n", '{"search": {}}\n', "[1, 2]\n"):
         log.write_text(text)
