@@ -844,8 +844,21 @@ def test_text_blocks_are_their_attention_then_their_feed_forward(tokenizer):
                     layer.parts.feed_forward(layer.parts.attend(x)), layer(x), atol=1e-10, rtol=0
                 )
                 x = layer(x)
-            features = F.normalize(backbone._project_text(backbone._read_end(x, end)), dim=-1)
+            features = F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
         torch.testing.assert_close(features.float(), backbone.encode_text(TEXTS), rtol=1e-5, atol=1e-6)
+
+
+def test_the_text_tail_has_the_gradients_of_the_whole_block(tokenizer):
+    backbone = clip_backbone(quick_gelu=True)
+    backbone.model.double()
+    embeddings, end = backbone._embed_texts(TEXTS)
+    last = backbone.layers("text", embeddings.shape[1])[-1]
+    tokens = backbone._add_positions(embeddings).requires_grad_()
+    ours = backbone.text_tail(tokens, end)
+    whole = backbone._text_norm(last(tokens)[torch.arange(len(end)), end])
+    torch.testing.assert_close(ours, whole, atol=1e-10, rtol=0)
+    of_ours, of_whole = (torch.autograd.grad(out.square().sum(), tokens)[0] for out in (ours, whole))
+    torch.testing.assert_close(of_ours, of_whole, atol=1e-10, rtol=1e-10)
 
 
 def test_auto_is_what_the_environment_names_or_what_the_processor_has(monkeypatch):
@@ -1113,6 +1126,14 @@ def test_open_clip_transform_is_the_library_own(mode):
     library = open_clip.transform.image_transform_v2(cfg, is_train=False)
     image = photo(70, 51)
     torch.testing.assert_close(open_clip_transform(model)(image), library(image), rtol=1e-5, atol=1e-5)
+
+
+def test_wrapped_open_clip_models_are_the_same_backbone():
+    plain = clip_backbone()
+    for model in (nn.DataParallel(plain.model), torch.compile(plain.model)):
+        wrapped = OpenCLIPBackbone(model, plain.tokenizer, plain.transform)
+        assert wrapped.capabilities == plain.capabilities
+        assert wrapped.fingerprint == plain.fingerprint
 
 
 CLIP_PROCESSOR = {

@@ -619,3 +619,65 @@ def test_a_full_disk_while_features_are_kept(small_backbone, image_folder, tmp_p
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     monkeypatch.undo()
     assert len(extract(small_backbone, image_folder, {"image"}, cache=tmp_path)) == 20
+
+
+@pytest.fixture(scope="module")
+def patch_classifier():
+    """A small Swin whose head reads every cell."""
+    from ood_core.backbones.timm import TimmBackbone
+    from ood_core.backbones.transform import ImageTransform
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    torch.manual_seed(0)
+    sizes = {"window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}
+    model = SwinTransformerV2(img_size=32, patch_size=4, num_classes=5, **sizes)
+    torch.nn.init.normal_(model.head.fc.weight)
+    return TimmBackbone(model, ImageTransform(crop=(32, 32), resize=32), spec="small-swin")
+
+
+def test_gl_mcm_of_a_classifier_reads_its_head_on_image_and_cells(patch_classifier, tmp_path):
+    network, images = patch_classifier.network, torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = network(images)
+        x = network.layers[0](network.patch_embed(images))
+        x = network.layers[1].blocks[0](network.layers[1].downsample(x))
+        value = network.layers[1].blocks[1]
+        at = 2 * 32
+        v = x @ value.attn.qkv.weight[at:].T + (value.attn.v_bias if value.attn.qkv.bias is None else 0)
+        u = x + value.norm1(value.attn.proj(v))
+        cells = network.head.fc(network.norm(u + value.norm2(value.mlp(u)))).flatten(1, 2)
+    found = patch_classifier.encode(images, {"logits", "local_logits"})
+    torch.testing.assert_close(found["local_logits"], cells, rtol=1e-4, atol=1e-5)
+    for temperature, weight in ((1.0, 1.0), (100.0, 0.5)):
+        detector = create_detector("gl_mcm", backbone=patch_classifier, temperature=temperature, local_weight=weight)
+        assert detector.head == "classifier"
+        assert detector.fitted
+        scores = detector.score_features(FeatureSet(ids=[str(i) for i in range(70)], **found))
+        expected = (logits / temperature).softmax(-1).amax(-1)
+        expected += weight * (cells / temperature).softmax(-1).amax((1, 2))
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    detector.save_pretrained(tmp_path)
+    loaded = Detector.from_pretrained(tmp_path)
+    features = FeatureSet(ids=["a", "b"], **{name: value[:2] for name, value in found.items()})
+    assert torch.equal(loaded.score_features(features), scores[:2])
+    assert loaded.predict(features) is None
+
+
+def test_gl_mcm_without_texts_and_without_a_head_says_what_is_missing(patch_classifier, small_backbone):
+    with pytest.raises(UsageError, match="has no 'logits'"):
+        create_detector("gl_mcm", backbone=small_backbone, class_names=CLASSES, head="classifier")
+    with pytest.raises(UsageError, match="has no 'text'"):
+        create_detector("gl_mcm", backbone=patch_classifier, class_names=CLASSES, head="zero_shot")
+    with pytest.raises(UsageError, match="has no 'logits'"):
+        small_backbone.encode(torch.zeros(1, 3, 32, 32), {"local_logits"})
+
+
+def test_gl_mcm_of_clear_logits_keeps_their_order(patch_classifier):
+    """Float32 rounds all of these to 2."""
+    detector = create_detector("gl_mcm", backbone=patch_classifier)
+    margins = torch.tensor([50.0, 60.0, 80.0, 200.0])
+    logits = torch.zeros(4, 5).index_put((torch.arange(4), torch.tensor(2)), margins)
+    weak = logits[:, None].expand(4, 3, 5) / 2
+    assert functional.gl_mcm_logits(logits, weak).unique().tolist() == [2.0]
+    scores = detector.score_features(FeatureSet(ids=list("abcd"), logits=logits, local_logits=weak))
+    assert scores.tolist() == sorted(set(scores.tolist()))

@@ -115,12 +115,24 @@ def vit(*, depth=3, seed=0, **options):
     return TimmBackbone(randomized(model, seed), square(), spec="small-vit")
 
 
-def swin(version=2, *, seed=0):
+def swin(version=2, *, seed=0, drop=0.0):
     """A classifier of two stages of two blocks; windows are shifted in the first stage."""
     kind = SwinTransformer if version == 1 else SwinTransformerV2
     options = {"num_classes": 4, "window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}
+    options["drop_path_rate"] = drop  # 0.1 unless told otherwise
     model = randomized(kind(img_size=SIDE, patch_size=4, **options), seed)
     return TimmBackbone(model, square(), spec=f"small-swin{version}")
+
+
+def hf_swin(*, seed=0, drop=0.0):
+    """The same of the other library."""
+    transformers = pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
+    from ood_core.backbones.transformers import TransformersBackbone
+
+    sizes = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 4, "patch_size": 4}
+    config = transformers.Swinv2Config(image_size=SIDE, num_labels=4, drop_path_rate=drop, **sizes)
+    model = randomized(transformers.Swinv2ForImageClassification(config), seed)
+    return TransformersBackbone(model, square(), spec="small-hf-swin")
 
 
 def photos(labels, *, seed=0):
@@ -133,7 +145,9 @@ def photos(labels, *, seed=0):
 @pytest.fixture(scope="session")
 def make():
     """Builders of small backbones and image sources."""
-    return SimpleNamespace(clip=clip, as_transformers=as_transformers, vit=vit, swin=swin, photos=photos)
+    return SimpleNamespace(
+        clip=clip, as_transformers=as_transformers, vit=vit, swin=swin, hf_swin=hf_swin, photos=photos
+    )
 
 
 @pytest.fixture(scope="module")

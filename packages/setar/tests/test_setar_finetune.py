@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from ood_core.data.augment import Views
 from ood_core.errors import DataError, UsageError
 from ood_core.training import train
 from ood_setar.edit import SeTAREdit
-from ood_setar.finetune import Adapters, finetune, lora
+from ood_setar.finetune import Adapters, _forward, _TrainMode, finetune, lora
 from ood_setar.functional import dropped_rank, search_loss
 from ood_setar.search import search, visiting_order
+from timm.layers import DropPath
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -45,9 +47,17 @@ def outputs(backbone, pixels):
     local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
     if "prompts" not in backbone.capabilities:
         return backbone._logits(image), backbone._logits(local)
-    words = backbone._embed_texts([f"a photo of a {name}" for name in CLASSES])
-    text = F.normalize(backbone._project_text(backbone._text_hidden(*words)), dim=-1)
+    text = whole_text_pass(backbone, [f"a photo of a {name}" for name in CLASSES])
     return tuple(backbone.logit_scale * F.normalize(x, dim=-1) @ text.T for x in (image, local))
+
+
+def whole_text_pass(backbone, prompts):
+    """Unit text features by every block on every token."""
+    embeddings, end = backbone._embed_texts(prompts)
+    x = backbone._add_positions(embeddings)
+    for layer in backbone.layers("text", x.shape[1]):
+        x = layer(x)
+    return F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
 
 
 def targets_of(source):
@@ -165,6 +175,7 @@ MODELS = {
     "vit-mean": lambda make: make.vit(seed=1, global_pool="avg", reg_tokens=2),
     "swin-1": lambda make: make.swin(1),
     "swin-2": lambda make: make.swin(2),
+    "hf-swin": lambda make: make.hf_swin(),
 }
 models = pytest.mark.parametrize("model", MODELS)
 
@@ -192,6 +203,19 @@ def test_the_start_in_single_precision(make, photos, model):
     found = Adapters(backbone, truncating(backbone, up(backbone)))(outputs, backbone, pixels)
     for ours, original in zip(found, outputs(backbone, pixels), strict=True):
         torch.testing.assert_close(ours, original, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["clip", "hf-clip"])
+def test_of_the_last_text_block_only_the_end_marks_pass_the_mlp(make, photos, model):
+    """The values and gradients of a whole pass are those of the tests below."""
+    backbone = MODELS[model](make)
+    last = backbone.layers("text", 4)[-1].module
+    tokens, whole = [], backbone.layers("text", 4)[0].module
+    for module in (last, whole):
+        module.mlp.register_forward_pre_hook(lambda _, received: tokens.append(received[0].numel() // 20))
+    finetune(backbone, photos, truncating(backbone, ["text.1.up"]), **QUICK | {"epochs": 1, "batch_size": 7})
+    below, above = tokens
+    assert above == len(CLASSES) < below
 
 
 KINDS = {
@@ -363,6 +387,106 @@ def test_images_are_read_once_without_augmentation_and_in_every_epoch_with_it(cl
         finetune(clip, photos, truncating(clip, up(clip)), augment=augment, **QUICK)
         assert sorted(opened) == sorted(list(range(len(LABELS))) * times)
         opened.clear()
+
+
+# ---- train mode
+
+SWINS = {
+    "timm-1": lambda make, drop: make.swin(1, drop=drop),
+    "timm-2": lambda make, drop: make.swin(2, drop=drop),
+    "hf": lambda make, drop: make.hf_swin(drop=drop),
+}
+swins = pytest.mark.parametrize("model", SWINS)
+
+
+def drop_paths(backbone):
+    return [module for module in backbone.model.modules() if type(module).__name__.endswith("DropPath")]
+
+
+def test_stochastic_depth_drops_whole_images_at_its_rate():
+    model, rows, images = nn.Sequential(DropPath(0.2), DropPath(0.5)), torch.arange(400), torch.ones(400, 2, 3)
+    depth = _TrainMode(model, seed=1)
+    assert depth.rate == 0.5
+    with depth(rows, 0):
+        first, second, again = model[0](images), model[1](images), model[1](images)
+    for found, rate in ((first, 0.2), (second, 0.5), (again, 0.5)):
+        assert torch.equal(found, found[:, :1, :1].expand_as(found))
+        assert {round(value, 6) for value in found.unique().tolist()} == {0.0, round(1 / (1 - rate), 6)}
+        assert (found[:, 0, 0] == 0).double().mean().item() == pytest.approx(rate, abs=0.07)
+    assert 0.3 < ((second == 0) == (again == 0)).double().mean() < 0.7  # every branch has draws of its own
+    assert torch.equal(model(images), images)
+
+
+@swins
+def test_swin_is_trained_in_train_mode_and_left_as_it_was(make, photos, model):
+    backbone = SWINS[model](make, 0.5)
+    before, fingerprint, modes = state(backbone), backbone.fingerprint, []
+    assert [module.drop_prob for module in drop_paths(backbone)][-1] == 0.5
+    for module in drop_paths(backbone):
+        module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    edit, options = truncating(backbone, up(backbone)), QUICK | {"augment": False}
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    tuned = finetune(backbone, photos, edit, **options)
+    assert torch.equal(torch.rand(4), expected)  # others' random numbers stay as they are
+    assert len(modes) > 6
+    assert all(modes)
+    assert not any(module.training for module in backbone.model.modules())
+    assert_untouched(backbone, before, fingerprint)
+    assert tuned.record["finetune"]["stochastic_depth"] == 0.5
+    quiet = SWINS[model](make, 0.0)
+    other = finetune(quiet, photos, truncating(quiet, up(quiet)), **options)
+    assert abs(tuned.record["history"][0]["loss"] - other.record["history"][0]["loss"]) > 0.01
+
+
+@swins
+def test_what_is_dropped_depends_on_seed_epoch_and_image_alone(make, photos, model):
+    """So a run that goes on, or that several processes share, drops the same."""
+    backbone = SWINS[model](make, 0.5)
+    pixels, forward, rows = pixels_of(backbone, photos), _forward(backbone, None), torch.arange(len(LABELS))
+
+    def run(rows, epoch=0, seed=1):
+        with _TrainMode(backbone.model, seed)(rows, epoch), torch.no_grad():
+            return forward(pixels[rows])
+
+    whole, again, quiet = run(rows), run(rows), forward(pixels)
+    for part in (rows[2:5], rows.flip(0)):
+        for ours, expected in zip(run(part), whole, strict=True):
+            torch.testing.assert_close(ours, expected[part], rtol=0, atol=1e-10)
+    for logits, same, without in zip(whole, again, quiet, strict=True):
+        assert torch.equal(logits, same)
+        assert (logits - without).abs().max() > 0.01
+    with _TrainMode(backbone.model, 1)(rows, 0), torch.no_grad():
+        own = backbone.network(pixels.double())
+    torch.testing.assert_close(whole[0], own if model != "hf" else own.logits, rtol=0, atol=1e-10)
+    for other in (run(rows, epoch=1), run(rows, seed=2)):
+        assert (other[0] - whole[0]).abs().max() > 0.01
+
+
+def test_batch_norms_keep_their_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with _TrainMode(model.eval(), seed=1)(torch.arange(8), 0):
+        found = model(torch.randn(8, 3))
+        assert model[1].training
+    assert (found == 0).any()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_colours_are_changed_where_asked(clip, make):
+    grey = make.photos(LABELS)
+    view = Views(grey, 1, size=(32, 32), scale=(1.0, 1.0), seed=1)
+    coloured = Views(grey, 1, size=(32, 32), scale=(1.0, 1.0), seed=1, jitter=0.4)
+    pairs = [(np.asarray(view.open(i)).astype(float), np.asarray(coloured.open(i)).astype(float)) for i in range(7)]
+    ratios = [second.mean() / first.mean() for first, second in pairs]
+    assert all(0.55 < ratio < 1.45 for ratio in ratios)
+    assert max(ratios) - min(ratios) > 0.1
+    assert view.fingerprint != coloured.fingerprint
+    with pytest.raises(UsageError, match=r"jitter=1\.5"):
+        finetune(clip, grey, truncating(clip, ["text.1.up"]), **QUICK | {"jitter": 1.5})
+    plain, other = (finetune(clip, grey, truncating(clip, ["text.1.up"]), **QUICK | {"jitter": j}) for j in (0.0, 0.4))
+    assert plain.record["history"] != other.record["history"]
 
 
 def test_the_rate_is_a_cosine_of_the_step(clip, photos):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -179,16 +180,14 @@ def single(paths):
 
 def test_table_1_prints_both_protocols_beside_the_published_rows(table_1, out):
     found = table_1
-    assert (
-        "the paper has no options for this, so our defaults; k=0.3 C, ratios=[0, 0.3], order=visual_only" in found.err
-    )
+    assert "no published options for this, so our defaults; k=0.3 C, ratios=[0, 0.3], order=visual_only" in found.err
     assert "an average FPR95 of 35.47 where its columns give 35.60" in found.err
     tables = re.split(r"(?=^Pascal-VOC)", found.out, flags=re.MULTILINE)
     for table, protocol, title in zip(
         tables, ("setar-imagenet-1k", "setar-voc"), ("ImageNet1K", "Pascal-VOC"), strict=True
     ):
         header = re.split(r"  +", table.splitlines()[0])
-        assert header[0] == f"{title}, tiny: FPR95 / AUROC"
+        assert header[0] == f"{title}, tiny: released FPR95 / AUROC"
         sets, rows = header[1:-1], rows_of(table)
         for method in ("vanilla", "SeTAR"):
             folder = single((out / protocol / "tiny").glob(f"{method}*")) / "mcm+gl_mcm"
@@ -222,7 +221,7 @@ def test_the_two_rules_differ_here(table_1, out):
 
 
 def test_the_edit_that_was_searched_is_kept_and_is_what_was_judged(table_1, out, root):
-    folder = single((out / "setar-voc" / "tiny").glob("SeTAR-*"))
+    folder = single((out / "setar-voc" / "tiny").glob("SeTAR"))
     edit = SeTAREdit.from_pretrained(folder)
     assert list(edit.ratios) == [f"visual.{layer}.up" for layer in (3, 2, 1, 0)]
     assert set(edit.ratios.values()) == {0.0, 0.3}
@@ -257,23 +256,44 @@ def test_a_rerun_reads_everything_and_json_is_the_same_table(table_1, run, nothi
 
 
 @pytest.mark.parametrize(
-    ("arguments", "computed"),
+    ("arguments", "difference"),
     [
-        (["--param", "ratios=[0,0.2]"], "search"),
-        (["--param", "ood_weight=0.2"], "search"),
-        (["--template", "a {}"], "search"),
-        (["--scores", "mcm"], "evaluate"),
-        (["--param", "local_weight=0.5"], "evaluate"),
-        (["--param", "batch_size=7", "--batch-size", "32", "--seeds", "9"], None),
+        (["--param", "ratios=[0,0.2]"], "SeTAR/run.json .* options.ratios was [0, 0.3], is [0, 0.2]."),
+        (["--param", "ood_weight=0.2"], "SeTAR/run.json .* options.ood_weight was absent, is 0.2."),
+        (["--template", "a {}"], 'SeTAR/run.json .* template was "a photo of a {}", is "a {}".'),
+        (["--param", "local_weight=0.5"], "mcm+gl_mcm/run.json .* options.gl_mcm.local_weight was absent, is 0.5."),
+        (["--set", "COCO=ROOT/OOD_Texture/test/images"], "mcm+gl_mcm/run.json .* images.COCO was .* (7 images"),
+        (["--set", "train=ROOT/ID_VOC/test"], "SeTAR/run.json .* images.train was .* (14 images"),
+        (["--dtype", "bfloat16"], 'SeTAR/run.json .* backbone.dtype was "float32", is "bfloat16".'),
     ],
 )
-def test_only_what_an_option_changes_is_computed_anew(arguments, computed, table_1, run, nothing_new):
+def test_kept_runs_of_other_settings_or_images_are_refused(arguments, difference, table_1, run, root, nothing_new):
     nothing_new()
-    if computed is None:
-        run(1, "--protocol", "setar-voc", *arguments)
-        return
-    with pytest.raises(AssertionError, match=f"{computed} was called"):
-        run(1, "--protocol", "setar-voc", *arguments)
+    found = run(1, "--protocol", "setar-voc", *(one.replace("ROOT", str(root)) for one in arguments), code=2)
+    assert re.search(re.escape(difference).replace(r"\.\*", ".*"), found.err.splitlines()[-1])
+    assert "remove it, or give another folder" in found.err
+    assert not found.out
+
+
+def test_changed_code_is_refused_too(table_1, run, nothing_new, monkeypatch):
+    nothing_new()
+    monkeypatch.setattr(reproduce, "_CODE", (*reproduce._CODE, "ood_setar.lists"))
+    assert "code.ood_setar.lists was absent" in run(1, "--protocol", "setar-voc", code=2).err
+
+
+def test_what_figures_do_not_depend_on_computes_nothing_anew(table_1, run, root, tmp_path, nothing_new):
+    """Options of the training, of reading images, and where the same images lie."""
+    nothing_new()
+    arguments = ["--protocol", "setar-voc", "--param", "batch_size=7", "--batch-size", "32", "--seeds", "9"]
+    before = run(1, *arguments).out
+    shutil.copytree(root / "OOD_COCO", tmp_path / "copy")
+    assert run(1, *arguments, "--set", f"COCO={tmp_path}/copy/test/images").out == before
+
+
+def test_other_scores_are_judged_beside_those_kept(table_1, run, nothing_new):
+    nothing_new()
+    with pytest.raises(AssertionError, match="evaluate was called"):
+        run(1, "--protocol", "setar-voc", "--scores", "mcm")
 
 
 def test_an_interrupted_search_goes_on_from_its_log(run, tmp_path, monkeypatch):
@@ -315,7 +335,7 @@ def test_table_2_is_mean_and_spread_over_the_seeds(table_2, out):
     edits = [SeTAREdit.from_pretrained(folder) for folder in folders]
     assert [edit.record["finetune"]["seed"] for edit in edits] == [3, 4]
     assert {edit.record["finetune"]["batch_size"] for edit in edits} == {3}
-    assert edits[0].ratios == SeTAREdit.from_pretrained(single(folders[0].parent.glob("SeTAR-*"))).ratios
+    assert edits[0].ratios == SeTAREdit.from_pretrained(single(folders[0].parent.glob("SeTAR"))).ratios
     assert rows["mcm, SeTAR+FT, published, CLIP ViT-B/16"] == ["38.77+-0.22 / 91.55+-0.01"]
     assert rows["gl_mcm, LoCoOp, published, rerun, CLIP ViT-L/14"] == ["46.74+-4.19 / 89.32+-0.80"]
     assert list(rows)[-1].startswith("gl_mcm, LoCoOp")  # what we do not run comes last
@@ -327,8 +347,10 @@ def test_trained_models_are_kept_by_seed_and_options(table_2, run, nothing_new):
     assert run(2, *TRAINED).out == table_2.out
     with pytest.raises(AssertionError, match="finetune was called"):
         run(2, *TRAINED, "--seeds", 3, 6)
-    with pytest.raises(AssertionError, match="finetune was called"):
-        run(2, *TRAINED, "--param", "learning_rate=0.02")
+    found = run(2, *TRAINED, "--param", "learning_rate=0.02", code=2)
+    assert "LoRA-seed-3/run.json" in found.err
+    assert "options.learning_rate was 1, is 0.02." in found.err
+    assert "start.lora.rank was 2, is 3" in run(2, *TRAINED, "--param", "rank=3", code=2).err
 
 
 def test_table_3_has_neg_label_and_published_averages(table_1, run, out):
@@ -377,14 +399,17 @@ def test_table_4_is_the_accuracy_on_labelled_sets(table_2, run, root, out, nothi
         return np.array([one, two, (one + two) / 2])
 
     folder = out / "setar-imagenet-1k" / "tiny"
-    edit = SeTAREdit.from_pretrained(single(folder.glob("SeTAR-*")))
+    edit = SeTAREdit.from_pretrained(single(folder.glob("SeTAR")))
     assert any(edit.ratios.values())
     assert rows["vanilla, ours"] == [f"{value:.2f}" for value in accuracies(base)]
     assert rows["SeTAR, ours"] == [f"{value:.2f}" for value in accuracies(edit.apply(base))]
-    tuned = [SeTAREdit.from_pretrained(one).apply(base) for one in sorted(folder.glob("SeTAR+FT-seed-[34]-*"))]
-    runs = np.array([accuracies(one) for one in tuned])
-    cells = [f"{mean:.2f}+-{std:.2f}" for mean, std in zip(runs.mean(0), runs.std(0, ddof=1), strict=True)]
-    assert rows["SeTAR+FT, ours"] == cells
+    tuned = [SeTAREdit.from_pretrained(one).apply(base) for one in sorted(folder.glob("SeTAR+FT-seed-[34]"))]
+    lora = [SeTAREdit.from_pretrained(one).apply(base) for one in sorted(folder.glob("LoRA-seed-[34]"))]
+    for method, models in (("SeTAR+FT", tuned), ("LoRA", lora)):
+        runs = np.array([accuracies(one) for one in models])
+        cells = [f"{mean:.2f}+-{std:.2f}" for mean, std in zip(runs.mean(0), runs.std(0, ddof=1), strict=True)]
+        assert rows[f"{method}, ours"] == cells
+    assert rows["LoRA, published, CLIP ViT-B/16"] == ["65.43", "76.86"]
     assert rows["LoCoOp, published, CLIP ViT-B/16"] == ["64.93", "75.89"]  # its average is over four sets
     nothing_new()
     assert run(4, *TRAINED, *labels).out == found.out
@@ -451,11 +476,11 @@ def test_an_edit_given_is_not_searched_for(form, run, tmp_path, nothing_new):
     arguments += ["--set", f"COCO={tmp_path}/coco", "--on-error", "record"]
     found = json.loads(run(*arguments, "--json", into=tmp_path).out)["results"][0]
     assert found["ratios"] == {"visual.3.up": 0.5, "text.0.up": 0.25}
-    folder = single((tmp_path / "setar-voc" / "tiny").glob("SeTAR-given-*/mcm"))
+    folder = single((tmp_path / "setar-voc" / "tiny").glob("SeTAR-given/mcm"))
     ours = next(row for row in found["rows"] if (row["method"], row["convention"]) == ("SeTAR", "released"))
     expected = figures(folder, "mcm", found["sets"])
     assert ours["average"] == pytest.approx(dict(zip(("fpr95", "auroc"), expected["average"], strict=True)))
-    assert {path.name for path in folder.iterdir()} == {"results.json", "scores.parquet", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {"run.json", "results.json", "scores.parquet", "report.html"}
     nothing_new()
     again = run(*arguments, into=tmp_path)
     assert "setar-voc, SeTAR: images without a score: COCO 1" in again.err
@@ -538,7 +563,7 @@ def test_a_known_architecture_takes_the_papers_options(root, monkeypatch):
     assert fewer == {"ood_weight": 0.5, "loss_batch": 512, "batch_size": 20, "rank": 64}
     bench = reproduce.Bench(voc, backbone, root, {"k": 5}, "a {}", [3], {})
     assert bench.options == expected | {"k": 5}
-    assert "the paper's options for CLIP ViT-L/14; k=5, batch_size=20" in reproduce.describe_options(bench)
+    assert "the released code's options for CLIP ViT-L/14; k=5, batch_size=20" in reproduce.describe_options(bench)
     assert reproduce.default_scores(1, backbone) == reproduce.default_scores(3, backbone) == ["mcm", "gl_mcm"]
     rows = reproduce.published_rows(2, "ImageNet1K", "CLIP ViT-L/14", ["mcm"])
     assert [row["method"] for row in rows] == ["LoCoOp", "LoRA", "SeTAR+FT"]
@@ -556,14 +581,18 @@ def test_every_preset_is_of_a_published_model_and_benchmark():
         assert {titles[one] for one in ids} == set(protocols)
 
 
-def test_a_classifier_is_judged_by_msp_and_energy_on_its_own_classes(make, root, tmp_path, one_thread):
-    backbone = make.vit(depth=2)
+@pytest.mark.parametrize("model", ["vit", "swin", "hf-swin"])
+def test_a_classifier_is_judged_on_its_own_classes(model, make, root, tmp_path, one_thread):
+    """Both columns of Table 2, as they were computed, and the plain scores."""
+    builders = {"vit": lambda: make.vit(depth=2), "swin": lambda: make.swin(2, seed=1, drop=0.2)}
+    backbone = builders.get(model, lambda: make.hf_swin(drop=0.2))()
     imagenet, voc = (find_protocol(name, root) for name in ("setar-imagenet-1k", "setar-voc"))
     assert reproduce.architecture(backbone) is None
+    assert reproduce.default_scores(1, backbone) == reproduce.default_scores(3, backbone) == ["msp", "energy"]
     scores = reproduce.default_scores(2, backbone)
-    assert scores == ["msp", "energy"]
+    assert scores == ["msp@100", "gl_mcm@100", "msp", "energy"]
     loading = {"cache": None, "on_error": "raise", "batch_size": 16, "workers": 0}
-    params = {"ratios": [0, 0.3], "rank": 2, "epochs": 1}
+    params = {"ratios": [0, 0.3], "rank": 2, "epochs": 1, "jitter": 0.4}
     bench, other = (
         reproduce.Bench(one, backbone, tmp_path, params, "a photo of a {}", [3], loading) for one in (imagenet, voc)
     )
@@ -574,7 +603,47 @@ def test_a_classifier_is_judged_by_msp_and_energy_on_its_own_classes(make, root,
     assert [(row["score"], row["method"]) for row in rows if row["origin"] == "ours"][::2] == [
         (score, method) for score in scores for method in ("LoRA", "SeTAR+FT")
     ]
-    results = json.loads(single(tmp_path.rglob("LoRA*/msp+energy/results.json")).read_text())
-    assert [one["params"]["temperature"] for one in results["detectors"].values()] == [1.0, 1.0]
-    energy = [row for row in rows if row["origin"] != "ours" and row["score"] == "energy"]
-    assert [(row["backbone"], row["average"]["fpr95"]) for row in energy] == [("SwinV2-B", 62.17), ("SwinV2-B", 39.29)]
+    folder = single(tmp_path.rglob("SeTAR+FT*")) / "+".join(scores)
+    results = json.loads((folder / "results.json").read_text())["detectors"]
+    assert [one["params"]["temperature"] for one in results.values()] == [100.0, 100.0, 1.0, 1.0]
+    # The scores by hand, from the edited network's own logits.
+    edited = SeTAREdit.from_pretrained(folder.parent).apply(backbone)
+    pixels = torch.stack([backbone.transform(image) for _, image in imagenet.ood["SUN"]])
+    found = edited.encode(pixels, {"logits", "local_logits"})
+    image, cells = ((found[name] / 100).softmax(-1).flatten(1) for name in ("logits", "local_logits"))
+    table = ScoreTable.read(folder / "scores.parquet")
+    np.testing.assert_allclose(table.scores("msp@100", "SUN"), image.amax(1), rtol=1e-5)
+    np.testing.assert_allclose(table.scores("gl_mcm@100", "SUN"), image.amax(1) + cells.amax(1), rtol=1e-5)
+    np.testing.assert_allclose(table.scores("energy", "SUN"), found["logits"].logsumexp(1), rtol=1e-5)
+    # What was published as energy stands beside what it was computed as.
+    second = [row for row in rows if row["origin"] != "ours" and row["score"] == "gl_mcm@100"]
+    assert [(row["origin"], row["backbone"], row["average"]["fpr95"]) for row in second] == [
+        ("published as energy", "SwinV2-B", 62.17),
+        ("published as energy", "SwinV2-B", 39.29),
+    ]
+    assert not [row for row in rows if row["origin"] != "ours" and row["score"] in ("msp", "energy")]
+
+
+@pytest.mark.parametrize("score", ["mcm@", "mcm@0", "mcm@hot", "mcm@-1", "max_logit@2"])
+def test_scores_with_temperatures_that_are_none(score, run, nothing_new):
+    nothing_new()
+    error = run(1, "--scores", score, code=2).err.splitlines()[-1]
+    assert f"Score '{score}'" in error
+    assert "temperature" in error
+
+
+def test_a_temperature_that_a_score_is_named_for_stays(run, nothing_new, table_1, tmp_path):
+    """--param holds where the score leaves it open, and is said not to hold elsewhere."""
+    arguments = [1, "--protocol", "setar-voc", "--param", "temperature=3", "--scores"]
+    found = run(*arguments, "mcm", "mcm@2", into=tmp_path)
+    assert "temperature=3 holds in mcm; the study itself sets it in mcm@2." in found.err
+    folder = single(tmp_path.rglob("vanilla/mcm+mcm@2"))
+    results = json.loads((folder / "results.json").read_text())["detectors"]
+    assert [one["params"]["temperature"] for one in results.values()] == [3, 2.0]
+    nothing_new()
+    assert "temperature=3 would count nowhere" in run(*arguments, "mcm@2", into=tmp_path, code=2).err
+
+
+def test_only_minor_directions_are_trained_and_that_is_said_first(run, nothing_new):
+    nothing_new()
+    assert "drop='minor', not 'random'" in run(2, *TRAINED, "--param", "drop=random", code=2).err

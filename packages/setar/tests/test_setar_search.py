@@ -49,8 +49,11 @@ def whole_pass(backbone, pixels, prompts):
         local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
         if prompts is None:
             return backbone._logits(image), backbone._logits(local)
-        text = backbone._project_text(backbone._text_hidden(*backbone._embed_texts(prompts)))
-        text = F.normalize(text, dim=-1)
+        embeddings, end = backbone._embed_texts(prompts)
+        x = backbone._add_positions(embeddings)
+        for layer in backbone.layers("text", x.shape[1]):
+            x = layer(x)
+        text = F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
         return tuple(backbone.logit_scale * F.normalize(x, dim=-1) @ text.T for x in (image, local))
 
 
@@ -784,8 +787,11 @@ def test_a_log_of_another_search_is_refused_and_kept(clip, photos, tmp_path, cha
 def test_a_log_of_other_images_or_of_another_backbone_or_no_log_is_refused(make, clip, photos, tmp_path):
     log = tmp_path / "log.jsonl"
     search(clip, photos, log_file=log, **OPTIONS)
-    for backbone, source in ((clip, make.photos(LABELS, seed=1)), (make.clip(seed=1), photos)):
-        with pytest.raises(UsageError, match="log of another search"):
+    for backbone, source, word in (
+        (clip, make.photos(LABELS, seed=1), "images"),
+        (make.clip(seed=1), photos, "backbone"),
+    ):
+        with pytest.raises(UsageError, match=rf"log of another search.*: {word}\)"):
             search(backbone, source, log_file=log, **OPTIONS)
     for text in ("no log\n", '{"search": {}}\n', "[1, 2]\n"):
         log.write_text(text)

@@ -41,6 +41,7 @@ class FeatureSet:
         image: float32 [N, d] unit norm, or None.
         local: float32 [N, P, d] unit norm in row-major order of `grid`, or None.
         logits: float32 [N, C] of the backbone's classifier head, or None.
+        local_logits: float32 [N, P, C] of the head on every patch, or None.
         extra: features that a method added (`Backbone.with_features`), by name, N rows each.
         failures: (id, reason) of every image without features.
         grid: patches (rows, columns).
@@ -62,6 +63,7 @@ class FeatureSet:
     image: Any = None
     local: Any = None
     logits: Any = None
+    local_logits: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     grid: tuple[int, int] | None = None
@@ -136,7 +138,7 @@ def extract(
     Args:
         backbone: from `create_backbone`.
         source: an image source, a folder, a manifest, "FILE.parquet[:split]" or a list of PIL images.
-        needs: of "image", "local", "logits" and what the backbone was given `with_features`.
+        needs: of "image", "local", "logits", "local_logits" and what the backbone was given `with_features`.
         cache: folder that keeps the features, under a key of everything they depend on; None keeps nothing.
         resume: use what the cache holds; a killed run goes on where it stopped and ends bit-identical.
         on_error: "raise" at the first image that cannot be decoded, or "record" it and go on.
@@ -232,7 +234,7 @@ def _describe(backbone: Backbone, source: ImageSource, needs: frozenset[str], lo
         "fingerprint": backbone.fingerprint,
         "transform": backbone.transform.describe(),
         "needs": sorted(needs),
-        "local": local if "local" in needs else None,
+        "local": None if needs.isdisjoint({"local", "local_logits"}) else local,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": backbone.device.type,
         "source": source.fingerprint,

@@ -271,16 +271,19 @@ def _log_one_minus(log_p: Tensor, values: Tensor, index: Tensor) -> Tensor:
     return torch.cat([others[..., None], out[..., 1:]], -1)
 
 
-def gl_mcm_logits(global_logits: Tensor, local_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def gl_mcm_logits(
+    global_logits: Tensor, local_logits: Tensor, *, temperature: float = 1.0, local_weight: float = 1.0
+) -> Tensor:
     """GL-MCM of given logits, for models without a text tower.
 
     Args:
         global_logits: [N, C].
         local_logits: [N, P, C].
         temperature: divides both, above 0.
+        local_weight: factor of the local term.
 
     Returns:
-        [N] in [2/C, 2].
+        [N] in [(1 + local_weight) / C, 1 + local_weight].
 
     Raises:
         TypeError: not floating-point tensors.
@@ -294,7 +297,7 @@ def gl_mcm_logits(global_logits: Tensor, local_logits: Tensor, *, temperature: f
         global_logits=(global_logits, "N C"), local_logits=(local_logits, "N P C")
     )
     best = msp(local_logits.flatten(0, 1), temperature=temperature).view(local_logits.shape[:2]).amax(-1)
-    return msp(global_logits, temperature=temperature) + best
+    return msp(global_logits, temperature=temperature) + local_weight * best
 
 
 def knn(queries: Tensor, bank: Tensor, *, k: int = 50) -> Tensor:

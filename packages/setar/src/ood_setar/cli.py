@@ -88,7 +88,9 @@ def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("setar-imagenet-1k", "setar-voc"),
         help="default: those that the table has figures of, if they are found",
     )
-    parser.add_argument("--scores", metavar="NAME", nargs="+", help="default: the table's for the backbone")
+    parser.add_argument(
+        "--scores", metavar="NAME", nargs="+", help="default: the table's for the backbone; NAME@T is at temperature T"
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[3, 4, 5], metavar="S", help="of what is trained (default: 3 4 5)"
     )

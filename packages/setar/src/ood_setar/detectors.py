@@ -28,7 +28,7 @@ class SeTAR(Detector):
 
     Args:
         scorer: a detector that needs no fitting: "mcm", "gl_mcm", "energy", "neg_label", ...; for classifiers "msp",
-            "energy", ...
+            "energy", "gl_mcm", ...
         kind: weights searched, see `search`.
         order: in which they are decided.
         ratios: candidates.
@@ -199,7 +199,7 @@ class SeTAR(Detector):
         return self._original or backbone
 
     def _attach(self, backbone: Backbone) -> None:
-        backbone.require(*sorted({"image", "local", "blocks"} | self._inner.capabilities | self.needs))
+        backbone.require(*sorted({"image", "local", "blocks"} | self._inner._asks(backbone)))
 
     def _set_backbone(self, backbone: Backbone | str) -> None:
         """Take an edited backbone, or edit the one given."""

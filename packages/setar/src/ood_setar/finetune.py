@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,7 @@ def finetune(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     crop_scale: float = 0.9,
+    jitter: float = 0.0,
     augment: bool = True,
     seed: int = 5,
     checkpoint: str | Path | None = None,
@@ -158,6 +162,9 @@ def finetune(
     progress: bool | None = None,
 ) -> SeTAREdit:
     """Train the directions that a search dropped (SeTAR+FT), or LoRA's, on labelled ID images.
+
+    The network runs in train mode: one that was built with stochastic depth (Swin) drops residual branches, another
+    one for every image and epoch, at its own rates.
 
     Args:
         backbone: unedited; it is not changed.
@@ -173,8 +180,9 @@ def finetune(
         momentum: of SGD.
         weight_decay: of SGD.
         crop_scale: smallest share of an image's area in an augmented view.
-        augment: random crop and flip in every epoch; off, every epoch sees the same pixels.
-        seed: of the order and the views.
+        jitter: brightness, contrast and saturation of a view are changed by factors from 1 - jitter to 1 + jitter.
+        augment: random crop, flip and jitter in every epoch; off, every epoch sees the same pixels.
+        seed: of the order, the views and what stochastic depth drops.
         checkpoint: file that keeps the factors after every epoch.
         resume: go on from it.
         progress: a bar on stderr; None shows it on a terminal only.
@@ -186,7 +194,8 @@ def finetune(
         UsageError: an edit of another backbone, or one without anything to train.
         DataError: labels that are missing or no class, or a loss that is no longer finite.
 
-    Source: SeTAR+FT of Li et al., NeurIPS 2024; defaults are those of its CLIP ViT-B/16.
+    Source: SeTAR+FT of Li et al., NeurIPS 2024; defaults are those of the released code for CLIP ViT-B/16 (which has
+    0.4 as jitter and crops from 0.08 for Swin), and `k` that of its ImageNet, 300 of 1,000, as a share.
 
     Example:
         >>> tuned = finetune(backbone, "train/", search(backbone, "train/"))  # doctest: +SKIP
@@ -195,7 +204,7 @@ def finetune(
     source = open_source(images)
     names, labels = label_images(backbone, source, class_names)
     k = default_cells_k(k, len(names))
-    adapters = Adapters(backbone, edit)
+    adapters, depth = Adapters(backbone, edit), _TrainMode(backbone.model, seed)
     optimizer = torch.optim.SGD(
         adapters.learned.values(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
@@ -209,17 +218,25 @@ def finetune(
         "momentum": momentum,
         "weight_decay": weight_decay,
         "crop_scale": crop_scale if augment else None,
+        "jitter": jitter if augment else None,
+        "stochastic_depth": depth.rate,
         "seed": seed,
         "class_names": names,
         "images": {"count": len(source), "fingerprint": source.fingerprint},
-        "backbone": {"spec": backbone.spec, "fingerprint": backbone.fingerprint},
+        "backbone": {
+            "spec": backbone.spec,
+            "fingerprint": backbone.fingerprint,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+        },
     }
     forward = _forward(backbone, class_prompts(template, names) if "prompts" in backbone.capabilities else None)
-    pixels = _pixels(backbone, source, crop_scale if augment else None, seed)
+    pixels = _pixels(backbone, source, (crop_scale, jitter) if augment else None, seed)
     targets = labels.to(backbone.device)
 
     def losses(rows: Tensor, epoch: int) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-        global_logits, local_logits = adapters(forward, pixels(rows, epoch))
+        seen = pixels(rows, epoch)
+        with depth(rows, epoch):
+            global_logits, local_logits = adapters(forward, seen)
         if not (global_logits.isfinite().all() and local_logits.isfinite().all()):
             return {"loss_id": global_logits.sum() * math.nan}  # the loop says what can be done
         terms = loss_terms(global_logits, local_logits, targets[rows.to(targets.device)], k=k)
@@ -246,34 +263,76 @@ def finetune(
     return replace(edit, fingerprint=backbone.fingerprint, factors=adapters.factors(), record=record, folder=None)
 
 
+class _TrainMode:
+    """A model in train mode for one pass; what is drawn depends on seed, epoch and image alone.
+
+    So a run that goes on, or is shared by processes, drops the same residual branches as a whole one. Batch norms
+    keep their statistics: the backbone does not change.
+
+    Attributes:
+        rate: the highest of stochastic depth, 0 without any.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.model, self.seed = model, seed
+        # timm and transformers each have modules of their own for it, of these names.
+        modules = (module for module in model.modules() if type(module).__name__.endswith("DropPath"))
+        self.paths = [(module, float(module.drop_prob or 0.0)) for module in modules]  # type: ignore[arg-type]
+        self.rate = max((rate for _, rate in self.paths), default=0.0)
+
+    @contextmanager
+    def __call__(self, rows: Tensor, epoch: int) -> Iterator[None]:
+        """Around a pass of these images."""
+        calls, images = count(), rows.tolist()
+
+        def dropping(rate: float) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+            def drop(module: nn.Module, received: tuple[Tensor], output: Tensor) -> Tensor:
+                (x,), call = received, next(calls)
+                numbers = (random.Random(f"{self.seed} {epoch} {call} {image}").random() for image in images)
+                kept = torch.tensor([(number >= rate) / (1 - rate) for number in numbers])
+                return x * kept.to(x).view(-1, *[1] * (x.ndim - 1))
+
+            return drop
+
+        hooks = [module.register_forward_hook(dropping(rate)) for module, rate in self.paths if 0 < rate < 1]
+        device = next(self.model.parameters(), torch.empty(0)).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(
+                random.Random(f"{self.seed} {epoch} {images}").getrandbits(63)
+            )  # of dropout, where a model has it
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            try:
+                yield
+            finally:
+                self.model.eval()
+                for hook in hooks:
+                    hook.remove()
+
+
 def _forward(backbone: Backbone, prompts: list[str] | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Pixels -> scaled logits of images and cells; both towers run, with gradients."""
     with torch.no_grad():
         words = None if prompts is None else backbone._embed_texts(prompts)
-
-    def texts() -> Tensor | None:
-        if words is None:
-            return None
-        embeddings, end = words
-        x = backbone._add_positions(embeddings)
-        for layer in backbone.layers("text", embeddings.shape[1]):
-            x = layer(x)
-        return text_features(backbone, x, end)
 
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             x = backbone.embed(backbone._pixels(pixels))
         for layer in backbone.layers()[:-1]:
             x = layer(x)
-        return logits(backbone, *image_features(backbone, x), texts())
+        text = None if words is None else text_features(backbone, backbone._text_hidden(*words))
+        return logits(backbone, *image_features(backbone, x), text)
 
     return forward
 
 
 def _pixels(
-    backbone: Backbone, source: ImageSource, crop_scale: float | None, seed: int
+    backbone: Backbone, source: ImageSource, augment: tuple[float, float] | None, seed: int
 ) -> Callable[[Tensor, int], Tensor]:
-    if crop_scale is not None:
-        return LiveViews(source, backbone.transform, scale=(crop_scale, 1.0), seed=seed)
+    if augment is not None:
+        crop_scale, jitter = augment
+        return LiveViews(source, backbone.transform, scale=(crop_scale, 1.0), seed=seed, jitter=jitter)
     whole = torch.cat([batch.pixels for batch in load_batches(source, backbone.transform, progress=False)])
     return lambda rows, epoch: whole[rows]

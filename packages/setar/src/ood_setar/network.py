@@ -189,7 +189,7 @@ class Network:
         return image_features(self.backbone, x)
 
     def _finish_texts(self, x: Tensor, rows: Tensor) -> Outputs:
-        return (text_features(self.backbone, self.towers["text"].layers[-1](x), self._ends[rows]),)
+        return (text_features(self.backbone, self.backbone.text_tail(x, self._ends[rows])),)
 
     def features(self, tower: str) -> Outputs:
         """Features of a tower with the weights as they are."""
@@ -259,19 +259,18 @@ def image_features(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     layer = backbone.layers()[-1]
     x = layer.enter(x)
-    attended = layer.parts.attend(x)
-    if backbone.reads_class_token:
-        attended = attended[:, :1]  # the other tokens' MLP is not read
-    behind = layer.parts.feed_forward(attended)
+    # Where the class token alone is read, the other tokens' MLP is not.
+    parts = layer.parts
+    behind = parts.feed_forward(parts.attend(x)[:, :1]) if backbone.reads_class_token else layer.block(x)
     image, local = backbone._image_embedding(behind), backbone._value_embedding(x, behind)
     if "prompts" not in backbone.capabilities:
         return image, local
     return F.normalize(image, dim=-1), F.normalize(local, dim=-1)
 
 
-def text_features(backbone: Backbone, x: Tensor, end: Tensor) -> Tensor:
-    """Unit text features [n, d] from the tokens behind the last block, read at position `end` [n]."""
-    return F.normalize(backbone._project_text(backbone._read_end(x, end)), dim=-1)
+def text_features(backbone: Backbone, hidden: Tensor) -> Tensor:
+    """Unit text features [n, d] of what the text tower gives before its projection, [n, D]."""
+    return F.normalize(backbone._project_text(hidden), dim=-1)
 
 
 def logits(backbone: Backbone, image: Tensor, local: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The paper's tables on the user's own data: search, train and judge once, beside what was published.
 
-All is kept in OUT/PROTOCOL/BACKBONE: one folder per model ("vanilla", "SeTAR-...", "SeTAR+FT-seed-3-...", the last part
-a digest of how it was made), in it one folder per set of scores or data set of an accuracy.
+All is kept in OUT/PROTOCOL/BACKBONE: one folder per model ("vanilla", "SeTAR", "SeTAR+FT-seed-3"), in it one folder per
+set of scores or data set of an accuracy. Each has a `run.json` with all that it rests on; other settings are refused.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ __all__ = [
     "reproduce",
 ]
 
-import hashlib
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,14 +34,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from ood_core._files import write_json
-from ood_core.backbones.base import Backbone
+from ood_core import _check
+from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data.sources import ImageSource
 from ood_core.detectors import detector_class
+from ood_core.detectors.base import Detector
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 from ood_core.evaluation import Evaluation, evaluate
 from ood_core.metrics import evaluate_scores
 from ood_core.protocols import Protocol, find_protocol
+from ood_core.runs import UsedImages, kept_runs, recipe, study_options
 
 from ood_setar._published import published_table
 from ood_setar._steps import accuracy, lora_start, new_detector, search_in, train_in
@@ -61,7 +61,7 @@ TABLES = {
     1: ("vanilla", "SeTAR"),
     2: ("LoRA", "SeTAR+FT"),
     3: ("vanilla", "SeTAR"),
-    4: ("vanilla", "SeTAR", "SeTAR+FT"),
+    4: ("vanilla", "LoRA", "SeTAR", "SeTAR+FT"),
 }
 """Table -> the methods that we run."""
 
@@ -75,14 +75,14 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     (_CLIP_L, _VOC): {"ood_weight": 0.3, "k": 6, "classes": 14, "loss_batch": 512},
     (_SWIN, _IMAGENET): {"ood_weight": 0.01, "k": 700, "classes": 1000, "loss_batch": 384},
 }
-"""(architecture, protocol) -> the paper's loss; its k is for so many classes."""
+"""(architecture, protocol) -> the loss of the released code; its k is for so many classes."""
 
 TRAINING: dict[str, dict[str, Any]] = {
     _CLIP_B: {"batch_size": 100, "rank": 32},
     _CLIP_L: {"batch_size": 20, "rank": 64},
-    _SWIN: {"batch_size": 50, "rank": 112, "crop_scale": 0.08},
+    _SWIN: {"batch_size": 50, "rank": 112, "crop_scale": 0.08, "jitter": 0.4},
 }
-"""Architecture -> batches and crops of the training, and the rank of LoRA."""
+"""Architecture -> batches and views of the training, and the rank of LoRA."""
 
 # Weights "up" of the towers, inputs of the lowest, width of the embedding, grid of patches.
 _ARCHITECTURES: dict[tuple[Any, ...], str] = {
@@ -91,8 +91,16 @@ _ARCHITECTURES: dict[tuple[Any, ...], str] = {
     (24, 0, 128, 1024, (8, 8)): _SWIN,
 }
 
+# What Table 2 has of a classifier was computed at temperature 100; the plain scores besides.
+_CLASSIFIER_SCORES = ["msp@100", "gl_mcm@100", "msp", "energy"]
+
 # With so many ID images the two rules of the FPR95 differ by less than 0.3 points.
 _MANY = 10_000
+
+# What the figures of a model go through.
+_CODE = tuple(
+    f"ood_setar.{name}" for name in ("_steps", "edit", "finetune", "functional", "network", "objective", "search")
+)
 
 # What is not an option of a step: it comes from the protocol or the command line.
 _OWN = {"class_names", "template", "seed", "log_file", "resume", "checkpoint", "on_error", "workers", "progress"}
@@ -189,7 +197,7 @@ class Bench:
     def searched(self) -> Model:
         """SeTAR: the edit that was given, that of an earlier search, or that of a new one."""
         if self.edit is not None:
-            return Model("SeTAR", self.folder / f"SeTAR-given-{_digest(_start(self.edit))}", self.edit)
+            return Model("SeTAR", self.folder / "SeTAR-given", self.edit)
         options = {name: value for name, value in options_of(search, self.options).items() if name != "batch_size"}
         loading = {name: self.extraction[name] for name in ("batch_size", "workers", "on_error")}
         return self._made("SeTAR", options, partial(search_in, **options, **loading))
@@ -200,37 +208,53 @@ class Bench:
         assert start is not None
         options = options_of(finetune, self.options)
         train = partial(train_in, edit=start, seed=seed, **options)
-        return self._made(f"{label}-seed-{seed}", options | _start(start), train)
+        return self._made(f"{label}-seed-{seed}", options, train, seed=seed, start=_identity(start))
 
     def _lora(self, seed: int) -> SeTAREdit:
         names = ("kind", "order", *inspect.signature(lora).parameters)
         return lora_start(self.backbone, seed=seed, **{k: v for k, v in self.options.items() if k in names})
 
-    def _made(self, name: str, settings: Mapping[str, Any], make: Callable[..., SeTAREdit]) -> Model:
+    def _made(self, name: str, options: Mapping[str, Any], make: Callable[..., SeTAREdit], **others: Any) -> Model:
         """A model whose edit is read from its folder, or made there."""
-        digest = _digest({**settings, **self._prompts, **self._weights, "images": self.train().fingerprint})
-        folder = self.folder / f"{name}-{digest}"
-        if (folder / "edit.json").is_file():
-            return Model(name, folder, SeTAREdit.from_pretrained(folder))
-        self.say(f"{self.protocol.name}, {name}: {folder}")
-        return Model(name, folder, make(folder, self.backbone, self.train(), **self._prompts))
+        folder, names = self.folder / name, self.protocol.class_names
+        images = {"train": self._used(self.train())}
+        made = recipe(self.backbone, images, names, code=_CODE, template=self.template, options=options, **others)
+
+        def edits() -> list[dict[str, Any]]:
+            self.say(f"{self.protocol.name}, {name}: {folder}")
+            edit = make(folder, self.backbone, self.train(), class_names=names, template=self.template)
+            return [{"edit": "edit.json", "ratios": edit.ratios}]
+
+        if not (folder / "edit.json").is_file():
+            (folder / "run.json").unlink(missing_ok=True)
+        kept_runs(folder / "run.json", made, edits)
+        return Model(name, folder, SeTAREdit.from_pretrained(folder))
 
     # ---- figures
 
     def judge(self, model: Model, scores: Sequence[str]) -> dict[str, Any]:
         """results.json of an evaluation: released FPR95 in "detectors", the standard one in "standard"."""
         folder = model.folder / "+".join(scores)
-        given = {score: options_of(detector_class(score).__init__, self.params) for score in scores}
-        settings = {**self._weights, **self._prompts, **self._images, "model": model.folder.name, "scores": given}
+        sets = {"id": self.protocol.test, **self.protocol.ood}
+        made = recipe(
+            self.backbone,
+            {name: self._used(source) for name, source in sets.items()},
+            self.protocol.class_names,
+            code=[*_CODE, *_code_of(scores)],
+            template=self.template,
+            convention="released",
+            options={score: self._options_of_score(score) for score in scores},
+            edit=_identity(model.edit),
+        )
 
-        def make(settings: dict[str, Any]) -> dict[str, Any]:
+        def runs() -> list[dict[str, Any]]:
             self.say(f"{self.protocol.name}, {model.label} by {', '.join(scores)}: {folder}")
             found = self._evaluate(model.on(self.backbone), scores)
-            found.results.update(settings=settings, standard=_standard(found))
+            found.results.update(standard=_standard(found))
             found.write(folder)
-            return found.results
+            return [found.results]
 
-        found = _kept(folder / "results.json", settings, make)
+        (found,) = kept_runs(folder / "run.json", made, runs)
         self._tell_failures(model, found["data"])
         return found
 
@@ -238,31 +262,45 @@ class Bench:
         """Share of images whose label is the nearest of all label names, by data set."""
         edited = cache(lambda: model.on(self.backbone))
 
-        def of_one(name: str, source: ImageSource) -> dict[str, Any]:
+        def of_one(name: str, source: ImageSource) -> float:
             folder = model.folder / f"accuracy-{name}"
-            settings = {**self._weights, "template": self.template, "model": model.folder.name}
+            made = recipe(
+                self.backbone,
+                {name: self._used(source)},
+                source.label_names,
+                code=_CODE,
+                template=self.template,
+                edit=_identity(model.edit),
+            )
 
-            def make(settings: dict[str, Any]) -> dict[str, Any]:
+            def runs() -> list[dict[str, Any]]:
                 self.say(f"{self.protocol.name}, {model.label}, accuracy on {name}: {folder}")
-                value = accuracy(edited(), source, self.template, **self.extraction)
-                found = {"accuracy": value, "images": len(source), "settings": settings}
-                write_json(folder / "results.json", found)
-                return found
+                return [{"accuracy": accuracy(edited(), source, self.template, **self.extraction)}]
 
-            return _kept(folder / "results.json", settings | {"images": source.fingerprint}, make)
+            (found,) = kept_runs(folder / "run.json", made, runs)
+            return float(found["accuracy"])
 
-        return {name: of_one(name, source)["accuracy"] for name, source in labelled.items()}
+        return {name: of_one(name, source) for name, source in labelled.items()}
 
     def _evaluate(self, backbone: Backbone, scores: Sequence[str]) -> Evaluation:
         """The scores on one backbone; NegLabel's words are chosen with its text tower, edited or not."""
         names = self.protocol.class_names
+
+        def detector(score: str) -> Detector:
+            name = _fixed(score)[0]
+            return new_detector(name, backbone, names, self._template(name), self._options_of_score(score))
+
         return evaluate(
-            {score: new_detector(score, backbone, names, self._template(score), self.params) for score in scores},
+            {score: detector(score) for score in scores},
             id=self.protocol.test,
             ood=self.protocol.ood,
             convention="released",
             **self.extraction,
         )
+
+    def _options_of_score(self, score: str) -> dict[str, Any]:
+        name, fixed = _fixed(score)
+        return options_of(detector_class(name).__init__, self.params) | fixed
 
     def _tell_failures(self, model: Model, data: Mapping[str, Any]) -> None:
         sets = {"id": data["id"], **data["ood"]}
@@ -276,17 +314,12 @@ class Bench:
     # ---- what results depend on
 
     @cached_property
-    def _weights(self) -> dict[str, Any]:
-        return {"backbone": self.backbone.fingerprint, "dtype": str(self.backbone.dtype)}
+    def _seen(self) -> dict[int, UsedImages]:
+        return {}
 
-    @property
-    def _prompts(self) -> dict[str, Any]:
-        return {"class_names": self.protocol.class_names, "template": self.template}
-
-    @cached_property
-    def _images(self) -> dict[str, Any]:
-        ood = {name: source.fingerprint for name, source in self.protocol.ood.items()}
-        return {"id": self.protocol.test.fingerprint, "ood": ood}
+    def _used(self, source: ImageSource) -> UsedImages:
+        """One for all recipes, so that bytes are read once."""
+        return self._seen.setdefault(id(source), UsedImages(source))
 
 
 # ---- tables
@@ -384,13 +417,15 @@ def published_rows(number: int, title: str, kind: str | None, scores: Sequence[s
         kind: architecture whose rows are taken; if the table has none of it, all are.
         scores: those wanted.
     """
-    rows = [row for row in published_table(number)["rows"] if row["id"] == title]
+    table = published_table(number)
+    rows = [row for row in table["rows"] if row["id"] == title]
     rows = [row for row in rows if row["backbone"] == kind] or rows
-    return [one for row in rows for one in _plain_rows(row) if one.get("score") in (None, *scores)]
+    plain = [one for row in rows for one in _plain_rows(row, table.get("computed_as", {}).get(row["backbone"], {}))]
+    return [one for one in plain if one.get("score") in (None, *scores)]
 
 
-def _plain_rows(row: Row) -> list[Row]:
-    """One row per method and score, whatever the table's form."""
+def _plain_rows(row: Row, computed_as: Mapping[str, str]) -> list[Row]:
+    """One row per method and score, whatever the table's form; under the names of scores as they were computed."""
     origin = "published" + (f", {row['origin']}" if row.get("origin") else "")
     common = {"origin": origin, "backbone": row["backbone"]}
     if "accuracy" in row:
@@ -404,7 +439,11 @@ def _plain_rows(row: Row) -> list[Row]:
         figures = [(score, row["method"], average) for score, average in row["scores"].items()]
     else:
         figures = [(row["score"], method, average) for method, average in row["average"].items()]
-    return [{"score": s, "method": m, **common, "sets": {}, "average": average} for s, m, average in figures]
+    return [
+        {"score": computed_as.get(score, score), "method": method, **common, "sets": {}, "average": average}
+        | ({"origin": f"{origin} as {score}"} if score in computed_as else {})
+        for score, method, average in figures
+    ]
 
 
 def _beside(ours: Sequence[Row], published: Sequence[Row]) -> list[Row]:
@@ -422,7 +461,7 @@ def lines(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of `reproduce` to print."""
     columns, kind = result["sets"], result["architecture"]
     measures = [name for name in _MEASURES if name in result["rows"][0]["average"]]
-    what = " / ".join({"fpr95": "FPR95", "auroc": "AUROC"}.get(name, name) for name in measures)
+    what = " / ".join({"fpr95": "released FPR95", "auroc": "AUROC"}.get(name, name) for name in measures)
     rows = []
     for row in result["rows"]:
         comparable = set(row["sets"]) <= set(columns)
@@ -461,11 +500,11 @@ def architecture(backbone: Backbone) -> str | None:
 
 
 def preset(kind: str | None, protocol: Protocol) -> dict[str, Any]:
-    """The paper's options of search and training for an architecture on a protocol; empty if it has none.
+    """The released code's options of search and training for an architecture on a protocol; empty if it has none.
 
     Args:
         kind: of `architecture`.
-        protocol: with fewer classes than the paper's, the paper's `k` is left out.
+        protocol: with another number of classes, its `k` is left out.
     """
     loss = dict(PRESETS.get((kind or "", protocol.name), {}))
     if loss.pop("classes", None) != len(protocol.class_names):
@@ -478,7 +517,7 @@ def default_scores(number: int, backbone: Backbone) -> list[str]:
     if number == 4:
         return []
     if "prompts" not in backbone.capabilities:
-        return ["msp", "energy"]
+        return _CLASSIFIER_SCORES if number == 2 and "local" in backbone.capabilities else ["msp", "energy"]
     if number != 3:
         return ["mcm", "gl_mcm"]
     kind = architecture(backbone)
@@ -520,14 +559,26 @@ def check(number: int, bench: Bench, scores: Sequence[str]) -> None:
         MissingDataError: no images to search on.
     """
     known = [*options_of(search), *options_of(finetune), *options_of(lora)]
-    known += [name for score in scores for name in detector_class(score)._option_names() if name not in _OWN]
+    fixed = {score: _fixed(score) for score in scores}
+    known += [option for name, _ in fixed.values() for option in detector_class(name)._option_names()]
+    known = [name for name in known if name not in _OWN]
     for name in bench.params:
         if name not in known:
             raise unknown_name("option of search, finetune, lora or the scores", name, sorted(set(known)))
+    own = {score: options for score, (_, options) in fixed.items()}
+    given = {name: value for name, value in bench.params.items() if any(name in options for options in own.values())}
+    study_options(own, given, bench.say)
+    _check_drop(number, bench)
     if bench.edit is None or set(TABLES[number]) - {"vanilla", "SeTAR"}:
         bench.train()
     if "prompts" not in bench.backbone.capabilities:
         _check_classes(bench)
+
+
+def _check_drop(number: int, bench: Bench) -> None:
+    drop = bench.edit.drop if bench.edit is not None else bench.options.get("drop", "minor")
+    if "SeTAR+FT" in TABLES[number] and drop != "minor":
+        raise UsageError(f"Only minor directions are trained: Table {number} goes with drop='minor', not {drop!r}.")
 
 
 def _check_classes(bench: Bench) -> None:
@@ -543,7 +594,9 @@ def _check_classes(bench: Bench) -> None:
 def describe_options(bench: Bench) -> str:
     """A sentence on where the options come from."""
     own = (bench.kind, bench.protocol.name) in PRESETS
-    source = f"the paper's options for {bench.kind}" if own else "the paper has no options for this, so our defaults"
+    source = (
+        f"the released code's options for {bench.kind}" if own else "no published options for this, so our defaults"
+    )
     options = {"k": "0.3 C"} | bench.options
     given = ", ".join(f"{name}={value}" for name, value in options.items())
     return f"{bench.backbone.spec} on {bench.protocol.title}: {source}; {given}"
@@ -562,16 +615,6 @@ def options_of(function: Callable[..., Any], options: Mapping[str, Any] | None =
 # ---- what is kept
 
 
-def _kept(file: Path, settings: Mapping[str, Any], make: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds if it was made with these settings, else what `make` writes there."""
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("settings") == plain:
-            return found
-    return make(plain)
-
-
 def _standard(found: Evaluation) -> dict[str, Any]:
     """The figures by the standard rule, from the scores of an evaluation by another."""
     table, sets = found.scores, list(found.results["data"]["ood"])
@@ -581,11 +624,43 @@ def _standard(found: Evaluation) -> dict[str, Any]:
     }
 
 
-def _start(edit: SeTAREdit) -> dict[str, Any]:
-    """What an edit is, without its factors (LoRA's come from its seed)."""
-    lora_record = edit.record.get("lora")
-    return {"start": {"ratios": edit.ratios, "drop": edit.drop, "seed": edit.seed, "lora": lora_record}}
+def _identity(edit: SeTAREdit | None) -> dict[str, Any] | None:
+    """What an edit is; None of the backbone as it is."""
+    if edit is None:
+        return None
+    factors = hash_tensors((f"{name}.{i}", pair[i]) for name, pair in sorted(edit.factors.items()) for i in (0, 1))
+    known = {
+        "ratios": edit.ratios,
+        "drop": edit.drop,
+        "seed": edit.seed,
+        "scale": edit.scale,
+        "lora": edit.record.get("lora"),
+    }
+    return known | {"factors": factors if edit.factors else None}
 
 
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+def _fixed(score: str) -> tuple[str, dict[str, Any]]:
+    """The detector of a score and the options that its name fixes: "gl_mcm@100" is `gl_mcm` at temperature 100.
+
+    Raises:
+        UsageError: an unknown detector, one without a temperature, or one that is no number above 0.
+    """
+    name, at, temperature = score.partition("@")
+    known = detector_class(name)._option_names()
+    if not at:
+        return name, {}
+    try:
+        value = _check.positive("temperature", float(temperature))
+    except ValueError as error:
+        raise UsageError(f"Score {score!r}: behind the @ stands a temperature above 0, as in 'gl_mcm@100'.") from error
+    if "temperature" not in known:
+        raise UsageError(f"Score {score!r}: {name!r} has no temperature.")
+    return name, {"temperature": value}
+
+
+def _code_of(scores: Sequence[str]) -> list[str]:
+    """The modules of the scores' detectors; of another package all of it."""
+    modules = {detector_class(_fixed(score)[0]).__module__ for score in scores}
+    return sorted(
+        module if module.startswith(("ood_core.", "ood_setar.")) else module.partition(".")[0] for module in modules
+    )

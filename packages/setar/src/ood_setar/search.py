@@ -196,7 +196,11 @@ def search(
         "template": template,
         "class_names": data.class_names,
         "images": {"count": len(data.labels), "fingerprint": data.source, "failures": data.failures},
-        "backbone": {"spec": backbone.spec, "fingerprint": backbone.fingerprint},
+        "backbone": {
+            "spec": backbone.spec,
+            "fingerprint": backbone.fingerprint,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+        },
     }
     run = _Run(
         Trials(backbone, data, template, scored, drop, seed, batch_size=batch_size, memory=memory),
@@ -565,9 +569,12 @@ class _Log:
             except ValueError:
                 break
         if not lines or lines[0] != header:
+            first = lines[0] if lines and isinstance(lines[0], dict) else {}
+            old, new = first.get("search"), header["search"]
+            changed = ", ".join(name for name in new if not isinstance(old, dict) or old.get(name) != new[name])
             raise UsageError(
-                f"{self.path} is the log of another search (other images, classes, weights or options): remove it, or "
-                "give another file."
+                f"{self.path} is the log of another search (other images, classes, weights or options: {changed}): "
+                "remove it, or give another file."
             )
         for line in lines[1:]:
             self.known[line["step"], line["weight"], line["ratio"]] = line["measured"]

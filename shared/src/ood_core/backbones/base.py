@@ -29,7 +29,10 @@ __all__ = ["FEATURES", "Backbone", "BlockParts", "Decision", "Layer", "hash_tens
 
 log = logging.getLogger(__name__)
 
-FEATURES = ("image", "local", "logits")
+FEATURES = ("image", "local", "logits", "local_logits")
+
+# What a feature is made of, where it is no capability of its own.
+_MADE_OF = {"local_logits": ("local", "logits")}
 
 # Backbones to name when one lacks a capability.
 _EXAMPLES = {
@@ -303,7 +306,7 @@ class Backbone(ABC):
         *,
         transform: ImageTransform | None = None,
     ) -> Self:
-        """This backbone, weights shared, with features that a method adds to "image", "local" and "logits".
+        """This backbone, weights shared, with features that a method adds to its own ("image", "local", ...).
 
         They are extracted, cached and handed to detectors as the others are: `extract(backbone, source, {"tiles"})`,
         `features.extra["tiles"]`.
@@ -378,14 +381,15 @@ class Backbone(ABC):
 
         Args:
             x: transformed images [B, 3, H, W] on any device.
-            needs: of "image", "local", "logits" and what `with_features` added.
+            needs: of "image", "local", "logits", "local_logits" (the classifier head on every patch) and what
+                `with_features` added.
             local: "value" (value path of the last block, or of the pool where one attends to the patches) or "tokens"
                 (the last block's plain output tokens).
             normalize: unit-norm image and local features.
 
         Returns:
-            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C]; added features as
-            they are computed.
+            float32 on the backbone's device: "image" [B, d], "local" [B, P, d], "logits" [B, C], "local_logits"
+            [B, P, C]; added features as they are computed.
 
         Raises:
             UsageError: a need the backbone does not have; the message names backbones that do.
@@ -401,17 +405,20 @@ class Backbone(ABC):
         if not needs & set(FEATURES):
             return out
         tokens = self.prefix(pixels)
-        from_tokens = needs & set(FEATURES) == {"local"} and local == "value" and not self.pools_by_attention
-        full = tokens if from_tokens else self._run_last_block(tokens)
+        whole = local == "tokens" or self.pools_by_attention or not needs.isdisjoint({"image", "logits"})
+        full = self._run_last_block(tokens) if whole else tokens
         if "image" in needs or "logits" in needs:
             embedding = self._image_embedding(full)
             if "image" in needs:
                 out["image"] = _finish(embedding, normalize)
             if "logits" in needs:
                 out["logits"] = self._logits(embedding).float()
-        if "local" in needs:
+        if not needs.isdisjoint({"local", "local_logits"}):
             patches = self._value_embedding(tokens, full) if local == "value" else self._local_embedding(full)
-            out["local"] = _finish(patches, normalize)
+            if "local" in needs:
+                out["local"] = _finish(patches, normalize)
+            if "local_logits" in needs:
+                out["local_logits"] = self._logits(patches).float()
         return out
 
     def encode_image(self, x: Tensor, *, normalize: bool = True) -> Tensor:
@@ -528,15 +535,24 @@ class Backbone(ABC):
     def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """[N, D] from token embeddings [N, L, D], read at position `end` [N], before the text projection."""
         x = self._add_positions(embeddings)
-        *below, last = self.layers("text", x.shape[1])
-        for layer in below:
+        for layer in self.layers("text", x.shape[1])[:-1]:
             x = layer(x)
-        # Of the last block only the end marks are read, so its MLP, two thirds of its work, sees no other token.
-        x = last.parts.attend(x)[torch.arange(len(x), device=x.device), end]
-        return self._text_norm(last.parts.feed_forward(x))
+        return self.text_tail(x, end)
 
-    def _read_end(self, x: Tensor, end: Tensor) -> Tensor:
-        return self._text_norm(x[torch.arange(len(x), device=x.device), end])
+    def text_tail(self, tokens: Tensor, end: Tensor) -> Tensor:
+        """The last text block and the norm behind it, for the tokens that are read; gradients flow.
+
+        Args:
+            tokens: input tokens [N, L, D] of the last text block.
+            end: index int64 [N] of the token that is read as a text's embedding.
+
+        Returns:
+            [N, D], before `text_projection`.
+        """
+        last = self.layers("text", tokens.shape[1])[-1]
+        # Of the last block only the end marks are read, so its MLP, two thirds of its work, sees no other token.
+        read = last.parts.attend(tokens)[torch.arange(len(tokens), device=tokens.device), end]
+        return self._text_norm(last.parts.feed_forward(read))
 
     def encode_prompts(
         self,
@@ -659,7 +675,7 @@ class Backbone(ABC):
 
     def require(self, *capabilities: str) -> None:
         """Raise a `UsageError` that names other backbones unless all `capabilities` are there."""
-        for capability in capabilities:
+        for capability in (part for name in capabilities for part in _MADE_OF.get(name, (name,))):
             if capability not in self.capabilities:
                 raise self._lacks(capability)
 

@@ -256,6 +256,7 @@ def _channels(model: Any) -> int:
 
 def _block_parts(block: Any, post_norm: bool) -> BlockParts:
     attention = block.attn
+
     return BlockParts(
         block.norm1,
         getattr(block, "_attn", attention),  # Swin's windows
@@ -263,8 +264,8 @@ def _block_parts(block: Any, post_norm: bool) -> BlockParts:
         attention.proj,
         block.norm2,
         block.mlp,
-        getattr(block, "ls1", identity),
-        getattr(block, "ls2", identity),
+        _scale(block, 1, getattr(block, "ls1", identity)),
+        _scale(block, 2, getattr(block, "ls2", identity)),
         post_norm=post_norm,
     )
 
@@ -277,13 +278,19 @@ def _eva_parts(block: Any, rope: Tensor | None) -> BlockParts:
         block.attn.proj,
         block.norm2,
         block.mlp,
-        _scale(getattr(block, "gamma_1", None)),
-        _scale(getattr(block, "gamma_2", None)),
+        _scale(block, 1, _times(getattr(block, "gamma_1", None))),
+        _scale(block, 2, _times(getattr(block, "gamma_2", None))),
         post_norm=isinstance(block, EvaBlockPostNorm),
     )
 
 
-def _scale(gamma: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _scale(block: Any, branch: int, layer_scale: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """LayerScale, and stochastic depth, which does nothing but in training."""
+    drop = getattr(block, f"drop_path{branch}", identity)
+    return lambda x: drop(layer_scale(x))
+
+
+def _times(gamma: Tensor | None) -> Callable[[Tensor], Tensor]:
     return identity if gamma is None else lambda x: gamma * x
 
 

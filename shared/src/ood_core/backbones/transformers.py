@@ -516,7 +516,8 @@ SUPPORTED: dict[str, type[_Tower]] = {
 
 def _plain_layer(name: str, block: Any, names: _Names, options: dict[str, Any]) -> Layer:
     attention, options = getattr(block, names.attention), _UNMASKED | options
-    scales = [getattr(block, scale) for scale in names.scales] if names.scales else []
+    drop = getattr(block, "drop_path", identity)  # stochastic depth, which does nothing but in training
+    scale1, scale2 = (_then(getattr(block, scale), drop) for scale in names.scales) if names.scales else (drop, drop)
     parts = BlockParts(
         getattr(block, names.norm1),
         lambda x: attention(x, **options)[0],
@@ -524,9 +525,14 @@ def _plain_layer(name: str, block: Any, names: _Names, options: dict[str, Any]) 
         getattr(attention, names.out),
         getattr(block, names.norm2),
         block.mlp,
-        *scales,
+        scale1,
+        scale2,
     )
     return Layer(name, lambda x: block(x, **options), parts, block)
+
+
+def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: second(first(x))
 
 
 def _swin_parts(block: Any) -> BlockParts:
@@ -548,6 +554,8 @@ def _swin_parts(block: Any) -> BlockParts:
         inner.output.dense,
         block.layernorm_after,
         lambda x: block.output(block.intermediate(x)),
+        block.drop_path,
+        block.drop_path,
         post_norm=True,
     )
 

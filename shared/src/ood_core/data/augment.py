@@ -1,4 +1,4 @@
-"""Augmented views of images: random crops and flips that depend on (seed, view, image) only."""
+"""Augmented views of images: random crops, flips and colours that depend on (seed, view, image) only."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ __all__ = ["LiveViews", "Views"]
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from ood_core.data.loader import ImageBatch, load_batches
 from ood_core.data.sources import ImageSource
@@ -34,9 +34,11 @@ class Views(ImageSource):
         scale: smallest and largest share of the image's area in a crop; its aspect lies between 3:4 and 4:3.
         seed: of all draws.
         first: number of the first view, to go on where earlier ones ended.
+        jitter: brightness, contrast and saturation are changed by factors from 1 - jitter to 1 + jitter, in random
+            order.
 
     Raises:
-        UsageError: `count` below 1, or `scale` not in (0, 1].
+        UsageError: `count` below 1, or `scale` not in (0, 1], or `jitter` not in [0, 1].
 
     Example:
         >>> views = Views(ImageFolder("train"), 4, size=(224, 224), seed=1)  # doctest: +SKIP
@@ -52,11 +54,15 @@ class Views(ImageSource):
         scale: tuple[float, float] = (0.85, 1.0),
         seed: int = 0,
         first: int = 0,
+        jitter: float = 0.0,
     ) -> None:
         if count < 1:
             raise UsageError(f"views={count}: at least 1 view per image is needed.")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UsageError(f"The crop scale {tuple(scale)} must be two rising numbers above 0 and at most 1.")
+        if not 0 <= jitter <= 1:
+            raise UsageError(f"jitter={jitter} must be from 0 to 1: factors lie between 1 - jitter and 1 + jitter.")
+        self.jitter = jitter
         self.source, self.size, self.scale, self.seed = source, (int(size[0]), int(size[1])), tuple(scale), seed
         self.place = source.place
         self._items = [(view, index) for view in range(first, first + count) for index in range(len(source))]
@@ -70,7 +76,8 @@ class Views(ImageSource):
         draw = random.Random(f"{self.seed} {view} {self.source.ids[index]}")
         box = _random_box(*image.size, self.scale, draw)
         out = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
-        return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else out
+        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else out
+        return _jittered(out, self.jitter, draw) if self.jitter else out
 
     def _stamp(self, item: tuple[int, int]) -> str:
         return f"{self.source._stamp(self.source._items[item[1]])} {self._drawing(item[0])}"
@@ -79,7 +86,7 @@ class Views(ImageSource):
         return f"{self.source._content(self.source._items[item[1]])} {self._drawing(item[0])}"
 
     def _drawing(self, view: int) -> str:
-        return f"view {view} {self.seed} {self.size} {self.scale}"
+        return f"view {view} {self.seed} {self.size} {self.scale}" + (f" {self.jitter}" if self.jitter else "")
 
 
 class LiveViews:
@@ -93,6 +100,7 @@ class LiveViews:
         scale: see `Views`.
         seed: see `Views`.
         workers: processes that decode what `prepare` announced; 0 decodes in this one.
+        jitter: see `Views`.
 
     Example:
         >>> pixels = LiveViews(source, backbone.transform, scale=(0.9, 1.0), seed=1)(rows, epoch=0)  # doctest: +SKIP
@@ -106,8 +114,10 @@ class LiveViews:
         scale: tuple[float, float] = (0.85, 1.0),
         seed: int = 0,
         workers: int = 0,
+        jitter: float = 0.0,
     ) -> None:
-        self.source, self.transform, self.scale, self.seed, self.workers = source, transform, scale, seed, workers
+        self.source, self.transform, self.workers = source, transform, workers
+        self._drawn: dict[str, Any] = {"scale": scale, "seed": seed, "jitter": jitter}
         self._announced: Iterator[tuple[tuple[int, list[int]], ImageBatch]] = iter(())
 
     def prepare(self, epoch: int, batches: Sequence[Tensor]) -> None:
@@ -131,8 +141,16 @@ class LiveViews:
         return batch.pixels
 
     def _load(self, epoch: int, batches: list[list[int]], workers: int) -> Iterator[ImageBatch]:
-        views = Views(self.source, 1, size=self.transform.crop, scale=self.scale, seed=self.seed, first=epoch)
+        views = Views(self.source, 1, size=self.transform.crop, first=epoch, **self._drawn)
         return load_batches(views, self.transform, batches, workers=workers, progress=False)
+
+
+def _jittered(image: Image.Image, jitter: float, draw: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation changed, as torchvision's ColorJitter does."""
+    kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    for kind in draw.sample(kinds, len(kinds)):
+        image = kind(image).enhance(draw.uniform(1 - jitter, 1 + jitter))
+    return image
 
 
 def _random_box(width: int, height: int, scale: tuple[float, ...], draw: random.Random) -> tuple[int, int, int, int]:

@@ -106,7 +106,7 @@ class Detector(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Features it reads, of "image", "local", "logits"."""
+        """Features it reads, of "image", "local", "logits", "local_logits"."""
         return frozenset({"image"})
 
     @property
@@ -127,7 +127,11 @@ class Detector(ABC):
 
     def _attach(self, backbone: Backbone) -> None:
         """Check capabilities and take what is needed from a new backbone."""
-        backbone.require(*sorted(self.capabilities | self.needs))
+        backbone.require(*sorted(self._asks(backbone)))
+
+    def _asks(self, backbone: Backbone) -> frozenset[str]:
+        """What it needs of this backbone."""
+        return self.capabilities | self.needs
 
     def _class_texts(self, backbone: Backbone) -> Tensor:
         """Features [C, d] of the class names in this detector's template, on the CPU."""
