@@ -28,7 +28,17 @@ import numpy as np
 from PIL import Image
 
 from ood_core.data import dicom
-from ood_core.data.decode import MAX_PIXELS, check_pixels, decode, image_suffixes, named, printable, to_rgb
+from ood_core.data.decode import (
+    IMAGE_SUFFIXES,
+    check_pixels,
+    decode,
+    image_suffixes,
+    looks_like_image,
+    named,
+    printable,
+    to_rgb,
+)
+from ood_core.data.depth import RULE, check_range
 from ood_core.errors import DataError, ImageError, MissingDataError, UsageError, unknown_name
 
 PathLike = str | os.PathLike[str]
@@ -42,12 +52,20 @@ class ImageSource(ABC):
         labels: int64 [N], index into `label_names`, -1 = unlabelled; None when no image has a label.
         label_names: one name per label.
         label_values: the labels as they stand in the data, one per label.
+        value_range: values to show black and white in images of more than 8 bits per sample, see
+            `ood_core.data.depth`; None leaves it to the files.
+        max_pixels: larger images are failures; None: 100 million.
+        skipped: files that look like images and are none of this source.
 
     Example:
         >>> source = ImageFolder("photos")  # doctest: +SKIP
         >>> source.ids[0], source.open(0).size  # doctest: +SKIP
         ('cat/001.jpg', (640, 480))
     """
+
+    value_range: tuple[float, float] | None = None
+    max_pixels: int | None = None
+    skipped: Sequence[str] = ()
 
     def __init__(self, ids: Sequence[str], items: Sequence[Any], labels: Sequence[Any] | None = None) -> None:
         """Sort `items` by id and number the values of `labels` (None: unlabelled) in sorted order."""
@@ -64,12 +82,12 @@ class ImageSource(ABC):
         self.labels: np.ndarray | None = encoded if number else None
 
     @abstractmethod
-    def _read(self, item: Any, name: str, max_pixels: int) -> Image.Image:
-        """The RGB image of one item; an `ImageError` about the image `name` if that fails."""
+    def _read(self, item: Any, name: str, max_pixels: int | None) -> Image.Image:
+        """The RGB image of one item, by `self.value_range`; an `ImageError` about the image `name` if that fails."""
 
     @abstractmethod
     def _stamp(self, item: Any) -> str:
-        """A text that changes when the item's bytes change, without reading them all."""
+        """A text that changes when the item's bytes or `self.value_range` change, without reading all bytes."""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -80,13 +98,43 @@ class ImageSource(ABC):
         for index, id in enumerate(self.ids):
             yield id, self.open(index)
 
-    def open(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    def open(
+        self, index: int, *, max_pixels: int | None = None, value_range: Sequence[float] | None = None
+    ) -> Image.Image:
         """Decode one image to upright RGB.
+
+        Args:
+            index: position in the source.
+            max_pixels: instead of the source's.
+            value_range: instead of the source's.
 
         Raises:
             ImageError: it cannot be decoded or has more than `max_pixels`; the message names it and says why.
         """
-        return self._read(self._items[index], self.ids[index], max_pixels)
+        source = self.reading(max_pixels=max_pixels, value_range=value_range)
+        return source._read(self._items[index], self.ids[index], source.max_pixels)
+
+    def reading(self, *, max_pixels: int | None = None, value_range: Sequence[float] | None = None) -> Self:
+        """The same images, read with other options; None keeps the source's.
+
+        Raises:
+            UsageError: `max_pixels` below 1, or a `value_range` that is none.
+        """
+        if max_pixels is not None and max_pixels < 1:
+            raise UsageError(f"max_pixels={max_pixels} must be at least 1.")
+        wanted = {"max_pixels": max_pixels, "value_range": check_range(value_range)}
+        changed = {name: value for name, value in wanted.items() if value not in (None, getattr(self, name))}
+        if not changed:
+            return self
+        self.told  # noqa: B018  # the copy shares it
+        part = copy.copy(self)
+        part.__dict__ |= changed
+        return part
+
+    @property
+    def told(self) -> list[str]:
+        """What the user has been told of these images already; the same list for copies that are read otherwise."""
+        return self.__dict__.setdefault("told_already", [])
 
     def subset(self, indices: Any) -> Self:
         """The images at `indices` (integers, a slice or a boolean mask), in that order, labels unchanged.
@@ -117,9 +165,10 @@ class ImageSource(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest over ids, labels and a stamp of every item's bytes (files: size and time of change)."""
+        """Hex digest over ids, labels, a stamp of every item's bytes (files: size and time of change) and how these
+        are read: `value_range`, and the version of the rule for more than 8 bits."""
         labels = [-1] * len(self) if self.labels is None else self.labels.tolist()
-        digest = hashlib.sha256(json.dumps(self.label_names).encode())
+        digest = hashlib.sha256(json.dumps([self.label_names, RULE, self.value_range]).encode())
         for id, item, label in zip(self.ids, self._items, labels, strict=True):
             digest.update(json.dumps([id, self._stamp(item), label]).encode())
         return digest.hexdigest()
@@ -179,54 +228,91 @@ def _existing(path: PathLike, kind: str) -> str:
 class _Files(ImageSource):
     """Images in files of their own: an item is a path."""
 
-    def _read(self, item: str, name: str, max_pixels: int) -> Image.Image:
-        return decode(item, max_pixels=max_pixels)
+    def _read(self, item: str, name: str, max_pixels: int | None) -> Image.Image:
+        return decode(item, max_pixels=max_pixels, value_range=self.value_range)
 
     def _stamp(self, item: str) -> str:
-        return _file_stamp(item)
+        return _with_range(_file_stamp(item), self)
+
+
+def _with_range(stamp: str, source: ImageSource) -> str:
+    return stamp if source.value_range is None else f"{stamp} {source.value_range}"
+
+
+# fmt: off
+# Files that stand beside images and need not be opened to be known for none.
+_NO_IMAGES = frozenset({
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".htm", ".yaml", ".yml", ".toml", ".ini",
+    ".cfg", ".log", ".py", ".ipynb", ".parquet", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".pt", ".pth", ".pkl",
+    ".onnx", ".safetensors", ".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".db", ".pdf", ".docx", ".xlsx",
+})
+# Pictures that need other libraries.
+_UNREAD = dicom.DICOM_SUFFIXES | {
+    ".heic", ".heif", ".avif", ".jxl", ".svg", ".exr", ".hdr", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".raf",
+    ".rw2", ".nii", ".mha", ".mhd", ".nrrd", ".svs", ".ndpi", ".mrxs", ".czi", ".lif", ".eps",
+}
+# fmt: on
 
 
 class ImageFolder(_Files):
     """All images below a folder; the first folder below it, if any, is the label.
 
+    Images are the files with a suffix that Pillow or a plug-in of it reads, and with pydicom DICOM files of whatever
+    name. Other files that look like images by suffix or content are in `skipped`.
     Hidden files and folders are skipped, linked folders are followed. The id is the path below `root`, with
     "/"; bytes in it that are no UTF-8 are escaped. A broken link to an image is an item that fails at `open`.
 
     Args:
         root: the folder.
+        value_range: values to show black and white in images of more than 8 bits per sample, e.g. (0, 4095) of 12-bit
+            content in 16-bit files; None leaves it to the files, see `ood_core.data.depth`.
 
     Raises:
         MissingDataError: no such folder.
         DataError: a file, or a folder without any image.
+        UsageError: `value_range` is no range.
 
     Example:
         >>> ImageFolder("photos").label_names  # doctest: +SKIP
         ['cat', 'dog']
     """
 
-    def __init__(self, root: PathLike) -> None:
+    def __init__(self, root: PathLike, *, value_range: Sequence[float] | None = None) -> None:
         root = _existing(root, "folder")
         if not os.path.isdir(root):
             raise DataError(f"{printable(root)!r} is a file, not a folder of images.")
-        paths = sorted(_scan(root))
-        if not paths:
-            raise DataError(_no_image_in(root))
+        found = _scan(root)
+        if not found[True]:
+            raise DataError(_no_image_in(root, found[False]))
         start = len(os.path.join(root, ""))
-        relative = [path[start:].replace(os.sep, "/") for path in paths]
+        relative = [path[start:].replace(os.sep, "/") for path in found[True]]
         labels = [printable(path).partition("/")[0] if "/" in path else None for path in relative]
-        super().__init__(_unique(map(printable, relative)), paths, labels)
+        super().__init__(_unique(map(printable, relative)), found[True], labels)
+        self.skipped = [printable(path[start:]) for path in found[False]]
+        self.value_range = check_range(value_range)
 
 
-def _no_image_in(root: str) -> str:
-    suffixes = ", ".join(sorted(image_suffixes()))
-    unread = next(_scan(root, dicom.DICOM_SUFFIXES), "")  # with pydicom it would be an image
-    hint = f" It holds DICOM files as {printable(unread)!r}: {dicom.INSTALL}." if unread else ""
-    return f"Folder {printable(root)!r} holds no image, no visible file with one of {suffixes}.{hint}"
+def _no_image_in(root: str, skipped: Sequence[str]) -> str:
+    hint = ""
+    if skipped:
+        hint = f" {len(skipped)} files look like images that cannot be read here, first {printable(skipped[0])!r}."
+    if unread := [path for path in skipped if _suffix(path) in dicom.DICOM_SUFFIXES]:  # images with pydicom
+        hint = f" It holds DICOM files as {printable(unread[0])!r}: {dicom.INSTALL}."
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    return f"Folder {printable(root)!r} holds no image, no visible file with a suffix as {suffixes}.{hint}"
 
 
-def _scan(root: str, suffixes: frozenset[str] | None = None) -> Iterator[str]:
-    """Paths of the image files below `root`; a link back to a folder above it is not followed."""
-    suffixes = suffixes or image_suffixes()
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _scan(root: str) -> dict[bool, list[str]]:
+    """Image files below `root` (True) and files that only look like images (False), sorted.
+
+    A link back to a folder above it is not followed.
+    """
+    suffixes = image_suffixes()
+    found: dict[bool, list[str]] = {True: [], False: []}
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
     while todo:
         folder, above = todo.pop()
@@ -237,8 +323,28 @@ def _scan(root: str, suffixes: frozenset[str] | None = None) -> Iterator[str]:
         for entry in _visible_entries(folder):
             if entry.is_dir():
                 todo.append((entry.path, above | {here}))
-            elif os.path.splitext(entry.name)[1].lower() in suffixes:
-                yield entry.path
+            elif (readable := _kind(entry, suffixes)) is not None:
+                found[readable].append(entry.path)
+    return {readable: sorted(paths) for readable, paths in found.items()}
+
+
+def _kind(entry: os.DirEntry[str], suffixes: frozenset[str]) -> bool | None:
+    """Whether a file is an image (True), looks like one (False), or neither (None)."""
+    suffix = _suffix(entry.name)
+    if suffix in suffixes:
+        return True
+    if suffix in _NO_IMAGES or entry.name.upper() == "DICOMDIR" or not entry.is_file():
+        return None
+    if suffix in _UNREAD:
+        return False
+    try:
+        with open(entry.path, "rb") as file:
+            head = file.read(dicom.HEAD)
+    except OSError:
+        return None
+    if dicom.is_dicom(head) or dicom.is_bare(head):
+        return dicom.available()
+    return False if looks_like_image(head) else None
 
 
 def _visible_entries(folder: str) -> list[os.DirEntry[str]]:
@@ -256,6 +362,7 @@ class Manifest(_Files):
         path: a .csv, .tsv, .jsonl or .parquet file. The id defaults to the path as written.
         root: what relative paths are relative to; by default the manifest's folder.
         label: the column of labels, if there.
+        value_range: see `ImageFolder`.
 
     Raises:
         MissingDataError: no such file.
@@ -267,7 +374,14 @@ class Manifest(_Files):
         ['a.jpg', 'b.jpg']
     """
 
-    def __init__(self, path: PathLike, *, root: PathLike | None = None, label: str = "label") -> None:
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        root: PathLike | None = None,
+        label: str = "label",
+        value_range: Sequence[float] | None = None,
+    ) -> None:
         path = _existing(path, "manifest")
         rows = _read_rows(path, label)
         base = os.path.dirname(path) if root is None else os.fspath(root)
@@ -275,6 +389,7 @@ class Manifest(_Files):
         ids = [printable(str(_or(row.get("id"), item))) for row, item in zip(rows, items, strict=True)]
         labels = [_printable_label(row.get(label)) for row in rows]
         super().__init__(ids, [os.path.join(base, item) for item in items], labels)
+        self.value_range = check_range(value_range)
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -361,6 +476,7 @@ class ParquetImages(ImageSource):
         image: the column of encoded bytes, or of structs with a field `bytes`.
         label: the column of labels, if there. A column `name` with one name per label gives the label names.
         id: the column of ids; by default `id`, else `source`, else the row number.
+        value_range: see `ImageFolder`.
 
     Raises:
         MissingDataError: no such file.
@@ -380,6 +496,7 @@ class ParquetImages(ImageSource):
         image: str = "image",
         label: str = "label",
         id: str | None = None,
+        value_range: Sequence[float] | None = None,
     ) -> None:
         self.file, self.split = _existing(file, "parquet file"), split
         names = _column_names(self.file, image, label, id)
@@ -394,6 +511,7 @@ class ParquetImages(ImageSource):
         if self.labels is not None and "name" in columns:
             self._take_names(columns[label], columns["name"])
         self._encoded = _EncodedColumn(self.file, image, rows)
+        self.value_range = check_range(value_range)
 
     def _take_names(self, values: list[Any], names: list[Any]) -> None:
         """Call the labels by `names`, if these give one name to each."""
@@ -402,15 +520,15 @@ class ParquetImages(ImageSource):
         if len(name_of) == len({pair for pair in pairs if pair[0] is not None}):
             self.label_names = [str(name_of[value]) for value in self.label_values]
 
-    def _read(self, item: int, name: str, max_pixels: int) -> Image.Image:
+    def _read(self, item: int, name: str, max_pixels: int | None) -> Image.Image:
         name = f"{printable(self.file)}: {name}"
         data = self._encoded[item]
         if data is None:
             raise ImageError(f"Image {name!r} cannot be read: row {item} holds no bytes.")
-        return decode(data, name=name, max_pixels=max_pixels)
+        return decode(data, name=name, max_pixels=max_pixels, value_range=self.value_range)
 
     def _stamp(self, item: int) -> str:
-        return f"{_file_stamp(self.file)} {self.split} {item}"
+        return _with_range(f"{_file_stamp(self.file)} {self.split} {item}", self)
 
 
 def _column_names(file: str, image: str, label: str, id: str | None) -> list[str]:
@@ -545,8 +663,8 @@ class PILImages(ImageSource):
             self.labels = np.array([*self.label_values, -1])[self.labels]
         self.label_names = self.label_values = names
 
-    def _read(self, item: Image.Image, name: str, max_pixels: int) -> Image.Image:
-        return named(name, lambda: to_rgb(check_pixels(item, max_pixels)))
+    def _read(self, item: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
+        return named(name, lambda: to_rgb(check_pixels(item, max_pixels), value_range=self.value_range))
 
     def _stamp(self, item: Image.Image) -> str:
         try:
@@ -566,22 +684,34 @@ def _check_images(images: list[Any], **per_image: Sequence[Any] | np.ndarray | N
             raise DataError(f"{len(images)} images were given with {len(values)} {name}; give one per image.")
 
 
-def open_source(spec: ImageSource | PathLike | Sequence[Image.Image]) -> ImageSource:
+def open_source(
+    spec: ImageSource | PathLike | Sequence[Image.Image],
+    *,
+    max_pixels: int | None = None,
+    value_range: Sequence[float] | None = None,
+) -> ImageSource:
     """Open what a command line or a caller names as a source of images.
 
     Args:
         spec: a folder, a manifest (.csv, .tsv, .jsonl, .parquet with a column `path`), `FILE.parquet[:split]`
-            with a column `image`, a list of PIL images, or an `ImageSource`, which is returned as it is.
+            with a column `image`, an image file, a list of PIL images, or an `ImageSource`, which is returned as it
+            is.
+        max_pixels: larger images are failures; None keeps the source's limit.
+        value_range: see `ImageFolder`; None keeps the source's.
 
     Raises:
         MissingDataError: no such file or folder.
         DataError: it holds no images.
-        UsageError: an unknown split.
+        UsageError: an unknown split, or one of the options out of range.
 
     Example:
         >>> len(open_source("pack.parquet:test"))  # doctest: +SKIP
         1000
     """
+    return _opened(spec).reading(max_pixels=max_pixels, value_range=value_range)
+
+
+def _opened(spec: ImageSource | PathLike | Sequence[Image.Image]) -> ImageSource:
     if isinstance(spec, ImageSource):
         return spec
     if not isinstance(spec, str | os.PathLike):
@@ -590,9 +720,22 @@ def open_source(spec: ImageSource | PathLike | Sequence[Image.Image]) -> ImageSo
     if os.path.isdir(path):
         return ImageFolder(path)
     _existing(path, "file or folder")
+    if _is_image(path):
+        return _Files([printable(os.path.basename(path))], [path])
     if path.lower().endswith(".parquet") and (split or "image" in _parquet_schema(path).names):
         return ParquetImages(path, split)
     return Manifest(path)
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is a picture, by its suffix or else by its content."""
+    if _suffix(path) in image_suffixes():
+        return True
+    if _suffix(path) in _NO_IMAGES or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(dicom.HEAD)
+    return _suffix(path) in _UNREAD or looks_like_image(head) or dicom.is_dicom(head) or dicom.is_bare(head)
 
 
 def _path_and_split(spec: str) -> tuple[str, str | None]:

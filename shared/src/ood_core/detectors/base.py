@@ -257,7 +257,7 @@ class Detector(ABC):
             images: an image source, folder, manifest, parquet file, a PIL image or a list of them. With
                 `on_error="record"` images that cannot be decoded have no entry; `ood_core.evaluation.score` gives a
                 table that names them.
-            **options: for `stream` (`batch_size`, `workers`, `cache`, ...).
+            **options: for `stream` (`batch_size`, `workers`, `cache`, `max_pixels`, `value_range`, ...).
 
         Raises:
             UsageError: the detector has no backbone.
