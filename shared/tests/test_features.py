@@ -265,7 +265,7 @@ def test_odd_images_and_skipped_files_are_told_once_and_counted(small_backbone, 
     assert "1 of 4 images are of one colour, first 'c.png'" in messages[0]
     assert "2 of 4 images have 16 bits per sample but no value above 4095, first 'a.png'" in messages[1]
     assert "value_range=(0, 4095)" in messages[1]
-    assert "1 files look like images" in messages[2]
+    assert "cannot be read here: 1 (.heic)" in messages[2]
     assert "'e.heic'" in messages[2]
     caplog.clear()
     extract(small_backbone, ImageFolder(odd_folder), cache=tmp_path / "cache")

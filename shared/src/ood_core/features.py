@@ -348,7 +348,7 @@ def tell_notes(source: ImageSource, notes: Sequence[tuple[str, str]]) -> None:
         count, first = len(source.skipped), source.skipped[0]
         kinds = sorted({Path(name).suffix.lower() or "no suffix" for name in source.skipped})
         log.warning(
-            "%d files look like images that cannot be read here and were skipped (%s), first %r.",
+            "Skipped because they look like images but cannot be read here: %d (%s), first %r.",
             *(count, ", ".join(kinds[:5]), first),
         )
 
