@@ -14,6 +14,7 @@ from ood_core.cli import common, main
 from ood_core.data import scenes
 from ood_core.detectors.base import Detector
 from ood_core.fusion import Fusion
+from PIL import Image
 
 CLASSES = scenes.ID_CLASSES[:4]
 
@@ -574,3 +575,54 @@ def test_tables_are_read_as_the_options_say(data, tmp_path, capsys):
     assert code == 0
     expected = create_detector("mcm", backbone="tiny", class_names=sorted(CLASSES)).score(data / "fit")
     np.testing.assert_allclose([row["mcm"] for row in json.loads(out)], expected.numpy(), rtol=1e-6)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """A folder of 16-bit TIFFs that hold 12-bit values, and class names beside it."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "scans"
+    root.mkdir()
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 4096, (64, 64)).astype(np.uint16)).save(root / f"{name}.tif")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    return root
+
+
+def test_value_range_and_max_pixels_reach_the_images(scans, tmp_path, capsys, caplog):
+    command = ["score", scans, "--detector", "mcm", "--classes", tmp_path / "classes.txt", "--json"]
+    code, plain, _ = run(capsys, *command)
+    assert (code, caplog.text.count("--value-range 0,4095")) == (0, 1)
+    caplog.clear()
+    code, ranged, _ = run(capsys, *command, "--value-range", "0,4095")
+    assert (code, caplog.text) == (0, "")
+    assert json.loads(plain) != json.loads(ranged)
+    code, signed, _ = run(capsys, *command, "--value-range", "-4095,4095")
+    assert code == 0
+    assert json.loads(signed) != json.loads(ranged)
+    code, _, err = run(capsys, *command, "--max-pixels", "4000")
+    assert (code, "64 x 64 pixels and max_pixels is 4000" in err) == (3, True)
+    code, _, err = run(capsys, *command, "--value-range", "9,1")
+    assert (code, "black before white" in err) == (2, True)
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, *command, "--value-range", "low,high")
+
+
+def test_one_image_is_a_source(scans, tmp_path, capsys):
+    command = ["score", scans / "a.tif", "--detector", "mcm", "--classes", tmp_path / "classes.txt", "--json"]
+    code, out, _ = run(capsys, *command)
+    assert (code, [row["id"] for row in json.loads(out)]) == (0, ["a.tif"])
+
+
+def test_results_count_odd_images_and_skipped_files(data, scans, tmp_path, capsys):
+    (scans / "c.heic").write_bytes(b"")
+    command = ["evaluate", "--detector", "mcm", "--id", data / "test", "--ood", f"scans={scans}"]
+    code, out, _ = run(capsys, *command, "--out", tmp_path / "out", "--json")
+    assert code == 0
+    found = json.loads(out)["data"]
+    assert (found["ood"]["scans"]["notes"], found["ood"]["scans"]["skipped"]) == ({"narrow": 2}, ["c.heic"])
+    assert (found["id"]["notes"], found["id"]["skipped"]) == ({}, [])
+    code, out, _ = run(capsys, *command, "--out", tmp_path / "out", "--json", "--value-range", "0,4095")
+    ranged = json.loads(out)["data"]["ood"]["scans"]
+    assert ranged["notes"] == {}
+    assert ranged["fingerprint"] != found["ood"]["scans"]["fingerprint"]

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from ood_core.data import ImageFolder, ParquetImages, decode, load_batches
+from ood_core.data import ImageFolder, ParquetImages, decode, load_batches, open_source
 from ood_core.data.decode import image_suffixes
 from ood_core.errors import DataError, ImageError
 from PIL import Image
@@ -36,14 +36,24 @@ def encoded(values, *, frames=None, syntax=uid.ExplicitVRLittleEndian, drop=(), 
     data.BitsAllocated = data.BitsStored = 8 * values.itemsize
     data.PixelRepresentation = int(values.dtype.kind == "i")
     data.PixelData = values.tobytes() + b"\0" * (values.nbytes % 2)
+    data["PixelData"].VR = "OB" if values.itemsize == 1 else "OW"
     for name, value in elements.items():
-        setattr(data, name, value)
+        if isinstance(value, pydicom.DataElement):
+            data.add(value)
+        else:
+            setattr(data, name, value)
     data.HighBit = data.BitsStored - 1
     for name in drop:
         delattr(data, name)
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, data, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def transform(image):
+    import torch
+
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float()
 
 
 def grey(data):
@@ -155,6 +165,123 @@ def test_signed_bytes_are_shown_over_their_range():
     assert_grey(encoded(np.array([[-128, 0, 127]], np.int8)), [[0, 128, 255]])
 
 
+# ---- windows and rescaling in functional groups, padding, ranges
+
+
+def sequence(**elements):
+    item = pydicom.Dataset()
+    for name, value in elements.items():
+        setattr(item, name, value)
+    return pydicom.Sequence([item])
+
+
+def groups(center, width, slope=1, intercept=0, **more):
+    return sequence(
+        FrameVOILUTSequence=sequence(WindowCenter=center, WindowWidth=width, **more),
+        PixelValueTransformationSequence=sequence(RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="HU"),
+    )
+
+
+def expected_window(values, center, width):
+    return np.vectorize(lambda x: linear(x, center, width))(np.asarray(values, float))
+
+
+@pytest.mark.parametrize("place", ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"])
+def test_enhanced_files_keep_window_and_rescaling_in_functional_groups(place):
+    data = encoded(np.stack([WORDS, WORDS]), frames=2, **{place: groups(40, 400, 0.5, -1024)})
+    assert_grey(data, expected_window(WORDS * 0.5 - 1024, 40, 400))
+
+
+def test_the_frames_own_group_counts_before_the_shared_one_and_that_before_the_header():
+    own, shared = groups(1000, 500), groups(3000, 100, 2, -7)
+    header = {"WindowCenter": 5, "WindowWidth": 50, "RescaleSlope": 3, "RescaleIntercept": 1}
+    data = encoded(WORDS[None], frames=1, PerFrameFunctionalGroupsSequence=own, **header)
+    assert_grey(data, expected_window(WORDS, 1000, 500))
+    data = encoded(WORDS[None], frames=1, SharedFunctionalGroupsSequence=shared, **header)
+    assert_grey(data, expected_window(WORDS * 2.0 - 7, 3000, 100))
+    both = {"SharedFunctionalGroupsSequence": shared, "PerFrameFunctionalGroupsSequence": own}
+    assert_grey(encoded(WORDS[None], frames=1, **both), expected_window(WORDS, 1000, 500))
+
+
+def test_the_window_function_of_a_functional_group_counts():
+    data = encoded(
+        WORDS[None], frames=1, SharedFunctionalGroupsSequence=groups(2000, 1000, VOILUTFunction="LINEAR_EXACT")
+    )
+    assert_grey(data, np.rint(np.clip((WORDS.astype(float) - 2000) / 1000 + 0.5, 0, 1) * 255))
+
+
+def body(kind=np.int16, fill=-2000):
+    """A round body of -800..1000 in a frame of padding."""
+    values = RNG.integers(-800, 1001, (40, 40)).astype(kind)
+    y, x = np.mgrid[:40, :40]
+    outside = (y - 20) ** 2 + (x - 20) ** 2 > 300
+    values[20, 20], values[20, 21] = -800, 1000
+    values[outside] = fill
+    return values, outside
+
+
+@pytest.mark.parametrize("stored", ["signed", "as unsigned"])
+def test_padding_counts_for_no_range_and_is_black(stored):
+    values, outside = body()
+    kind, value = ("SS", -2000) if stored == "signed" else ("US", 2**16 - 2000)
+    data = encoded(values, PixelPaddingValue=pydicom.DataElement("PixelPaddingValue", kind, value))
+    expected = np.where(outside, 0, np.rint((values + 800.0) / 1800 * 255))
+    assert_grey(data, expected)
+    inverted = encoded(values, PixelPaddingValue=-2000, PhotometricInterpretation="MONOCHROME1")
+    assert abs(grey(inverted).astype(int) - np.where(outside, 0, 255 - expected)).max() <= 1
+
+
+def test_a_range_of_padding_and_padding_above_the_body():
+    values, outside = body(fill=30000)
+    values[0, :5] = 29990
+    data = encoded(values, PixelPaddingValue=30000, PixelPaddingRangeLimit=29900)
+    assert_grey(data, np.where(outside, 0, np.rint((values.clip(-800, 1000) + 800.0) / 1800 * 255)))
+    assert not grey(encoded(np.full((4, 4), 9, np.int16), PixelPaddingValue=9)).any()
+
+
+def test_one_metal_pixel_does_not_darken_the_rest():
+    values = RNG.integers(0, 2001, (64, 64)).astype(np.int16)
+    values[5, 5:7] = 0, 2000
+    clean = grey(encoded(values)).copy()
+    values[30, 30] = 30000
+    metal = grey(encoded(values))
+    assert len(np.unique(metal)) == 256
+    assert metal[30, 30] == 255
+    clean[30, 30] = 255
+    np.testing.assert_array_equal(metal, clean)
+
+
+def test_a_presentation_shape_inverts_once():
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    plain = grey(encoded(WORDS, **window, PresentationLUTShape="IDENTITY")).astype(int)
+    inverse = grey(encoded(WORDS, **window, PresentationLUTShape="INVERSE")).astype(int)
+    assert abs(inverse + plain - 255).max() <= 1
+    radiograph = {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}
+    np.testing.assert_array_equal(grey(encoded(WORDS, **window, **radiograph)), inverse)
+
+
+def test_a_value_range_stands_for_the_window():
+    data = encoded(WORDS, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
+    expected = np.rint(np.clip((WORDS - 1024.0 + 1000) / 2000, 0, 1) * 255)
+    np.testing.assert_array_equal(np.asarray(decode(data, value_range=(-1000, 1000)))[..., 0], expected)
+    np.testing.assert_array_equal(np.asarray(decode(encoded(BYTES), value_range=(0, 4095)))[..., 0], BYTES)
+
+
+def test_float_pixels_are_shown_over_their_range():
+    values = RNG.random((5, 6)).astype(np.float32) * 3 - 1
+    values[0, 0] = -5000
+    data = encoded(WORDS[:5, :6])
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    del dataset.PixelData, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation
+    dataset.BitsAllocated, dataset.FloatPixelData = 32, values.tobytes()
+    dataset.FloatPixelPaddingValue = -5000.0
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    low, high = values[values > -5000].min(), values.max()
+    expected = np.rint(np.clip((values.astype(float) - low) / (high - low), 0, 1) * 255)
+    assert_grey(buffer.getvalue(), expected)
+
+
 # ---- colour
 
 
@@ -234,6 +361,40 @@ def test_dicom_in_parquet(tmp_path):
     np.testing.assert_array_equal(np.asarray(ParquetImages(tmp_path / "pack.parquet").open(0))[..., 0], BYTES)
 
 
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+@pytest.mark.parametrize("meta", [True, False])
+def test_files_without_preamble_are_read(tmp_path, syntax, meta):
+    dataset = pydicom.dcmread(io.BytesIO(encoded(WORDS, syntax=syntax, WindowCenter=2000, WindowWidth=900)))
+    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.CTImageStorage, "1.2.3"
+    if meta:
+        buffer = io.BytesIO()
+        pydicom.dcmwrite(buffer, dataset)
+        data = buffer.getvalue()[132:]
+    else:
+        buffer = pydicom.filebase.DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, syntax.is_implicit_VR
+        pydicom.filewriter.write_dataset(buffer, dataset)
+        data = buffer.getvalue()
+    assert_grey(data, expected_window(WORDS, 2000, 900))
+    with pytest.raises(ImageError, match=r"'cut'"):
+        decode(data[:-7], name="cut")
+    (tmp_path / "IM00001").write_bytes(data)
+    assert ImageFolder(tmp_path).ids == ["IM00001"]
+
+
+def test_the_folder_scan_finds_dicom_by_content(tmp_path):
+    for name in ("IM00001", "1.2.840.113.17", "a.dicom", "b.IMA", "c.dcm"):
+        (tmp_path / name).write_bytes(encoded(BYTES))
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    (tmp_path / "README").write_text("no image")
+    (tmp_path / "Thumbs.db").write_bytes(bytes(200))
+    source = ImageFolder(tmp_path)
+    assert source.ids == ["1.2.840.113.17", "IM00001", "a.dicom", "b.IMA", "c.dcm"]
+    assert not source.skipped
+    assert all((np.asarray(image)[..., 0] == BYTES).all() for _, image in source)
+    assert len(open_source(tmp_path / "IM00001")) == 1
+
+
 # ---- failures
 
 
@@ -253,7 +414,9 @@ def test_truncated_files_fail_wherever_they_are_cut(kind):
     [
         ({"drop": ["Rows"]}, "without an image, or cut off before it: Rows is missing"),
         ({"drop": ["PixelData"]}, "truncated"),
-        ({"drop": ["PhotometricInterpretation"]}, "[Pp]hotometric"),
+        ({"drop": ["PhotometricInterpretation"]}, "header lacks PhotometricInterpretation, .* add it"),
+        ({"drop": ["BitsAllocated"]}, "header lacks BitsAllocated, .* add it"),
+        ({"drop": ["PixelRepresentation"]}, "header lacks PixelRepresentation, .* add it"),
         ({"WindowCenter": 5, "WindowWidth": 0}, "its window width is 0"),
         ({"WindowCenter": 5, "WindowWidth": 0.5}, r"its window width is 0\.5"),
         ({"Rows": 0}, "7 x 0 pixels"),
@@ -262,6 +425,23 @@ def test_truncated_files_fail_wherever_they_are_cut(kind):
 def test_a_flawed_file_says_what_is_wrong(flaw, reason):
     with pytest.raises(ImageError, match=rf"'x\.dcm' cannot be read: .*{reason}"):
         decode(encoded(BYTES, **flaw), name="x.dcm")
+
+
+@pytest.mark.parametrize("absent", [["SamplesPerPixel"], ["BitsStored"], ["SamplesPerPixel", "BitsStored"]])
+def test_what_the_standard_lets_one_conclude_may_be_absent(absent):
+    window = {"WindowCenter": 2000, "WindowWidth": 900}
+    assert_grey(encoded(WORDS, drop=absent, **window), grey(encoded(WORDS, **window)))
+    frames = np.stack([BYTES, 255 - BYTES])
+    assert_grey(encoded(frames, frames=2, drop=absent), BYTES)
+    with pytest.raises(ImageError, match="truncated"):
+        decode(encoded(WORDS, drop=absent)[:-3])
+
+
+def test_a_constant_file_is_noted(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(encoded(np.full((6, 9), 700, np.uint16)))
+    (tmp_path / "b.dcm").write_bytes(encoded(WORDS))
+    (batch,) = load_batches(ImageFolder(tmp_path), transform)
+    assert batch.notes == [(0, "constant")]
 
 
 def test_a_half_width_is_fine_where_the_function_allows_it():
@@ -288,11 +468,6 @@ def test_failures_are_recorded_like_others(tmp_path):
     (tmp_path / "a.dcm").write_bytes(encoded(BYTES))
     (tmp_path / "b.dcm").write_bytes(encoded(BYTES)[:-9])
 
-    def transform(image):
-        import torch
-
-        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float()
-
     (batch,) = load_batches(ImageFolder(tmp_path), transform, on_error="record")
     assert batch.indices.tolist() == [0]
     assert [index for index, _ in batch.failures] == [1]
@@ -316,7 +491,9 @@ def test_without_pydicom_the_message_has_the_command(tmp_path, without_pydicom):
     with pytest.raises(DataError, match=r"holds no image.*DICOM files as '.*a\.dcm': pip install 'ood-core\[dicom\]'"):
         ImageFolder(tmp_path)
     Image.fromarray(BYTES).save(tmp_path / "b.png")
-    assert ImageFolder(tmp_path).ids == ["b.png"]
+    (tmp_path / "IM0002").write_bytes(encoded(BYTES))
+    source = ImageFolder(tmp_path)
+    assert (source.ids, source.skipped) == (["b.png"], ["IM0002", "a.dcm"])
 
 
 def test_with_pydicom_an_empty_folder_has_no_hint(tmp_path):

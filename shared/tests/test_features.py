@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from ood_core import features as module
@@ -231,3 +232,68 @@ def test_a_feature_of_a_method_belongs_to_the_fingerprint_and_to_its_backbone_al
     with pytest.raises(ValueError, match="'image' already"):
         small_backbone.with_features(["image"], lambda x: {}, "x")
     assert set(wide.encode(torch.zeros(1, 3, *small_backbone.transform.crop), {"mean"})) == {"mean"}
+
+
+# ---- how images are read, and what is odd about them
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+    """Two ordinary 16-bit images of 12-bit content, a constant one, a large one and a file that is skipped."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "odd"
+    root.mkdir()
+    for name in ("a", "b"):
+        words = rng.integers(0, 4096, (40, 40)).astype(np.uint16)
+        words[0, 0] = 4095
+        Image.fromarray(words).save(root / f"{name}.png")
+    Image.new("RGB", (40, 40), "red").save(root / "c.png")
+    Image.fromarray(rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(root / "d.png")
+    (root / "e.heic").write_bytes(b"")
+    return root
+
+
+def test_odd_images_and_skipped_files_are_told_once_and_counted(small_backbone, odd_folder, tmp_path, caplog):
+    source = ImageFolder(odd_folder)
+    for _ in range(2):  # the second is read from the cache
+        found = extract(small_backbone, source, cache=tmp_path / "cache")
+        assert found.notes == [("a.png", "narrow:4095"), ("b.png", "narrow:4095"), ("c.png", "constant")]
+        assert module.count_notes(found.notes) == {"constant": 1, "narrow": 2}
+    assert found[1:3].notes == [("b.png", "narrow:4095"), ("c.png", "constant")]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3
+    assert "1 of 4 images are of one colour, first 'c.png'" in messages[0]
+    assert "2 of 4 images have 16 bits per sample but no value above 4095, first 'a.png'" in messages[1]
+    assert "value_range=(0, 4095)" in messages[1]
+    assert "cannot be read here: 1 (.heic)" in messages[2]
+    assert "'e.heic'" in messages[2]
+    caplog.clear()
+    extract(small_backbone, ImageFolder(odd_folder), cache=tmp_path / "cache")
+    assert len(caplog.records) == 3  # another source, from the cache alone
+
+
+def test_ordinary_images_are_not_spoken_of(small_backbone, image_folder, caplog):
+    assert extract(small_backbone, image_folder).notes == []
+    assert not caplog.records
+
+
+def test_a_value_range_changes_pixels_and_the_key_of_the_cache(small_backbone, odd_folder, tmp_path, caplog):
+    plain = extract(small_backbone, odd_folder, cache=tmp_path / "cache")
+    ranged = extract(small_backbone, odd_folder, cache=tmp_path / "cache", value_range=(0, 4095))
+    assert not torch.allclose(plain.image[:2], ranged.image[:2])
+    assert torch.equal(plain.image[2:], ranged.image[2:])  # 8 bits do not heed it
+    assert (plain.source != ranged.source, len(list((tmp_path / "cache").iterdir()))) == (True, 2)
+    again = extract(small_backbone, ImageFolder(odd_folder, value_range=(0, 4095)), cache=tmp_path / "cache")
+    assert torch.equal(again.image, ranged.image)
+    assert again.source == ranged.source
+
+
+def test_a_limit_of_pixels_is_an_option_that_a_cache_heeds(small_backbone, odd_folder, tmp_path, caplog):
+    few = extract(small_backbone, odd_folder, cache=tmp_path, on_error="record", max_pixels=2000)
+    assert few.failures[0][0] == "d.png"
+    assert "60 x 60 pixels and max_pixels is 2000" in few.failures[0][1]
+    assert len(extract(small_backbone, odd_folder, cache=tmp_path, on_error="record")) == 4
+    with pytest.raises(ImageError, match="max_pixels is 2000"):
+        extract(small_backbone, odd_folder, max_pixels=2000)
+    with pytest.raises(UsageError, match="max_pixels=0"):
+        extract(small_backbone, odd_folder, max_pixels=0)

@@ -98,6 +98,23 @@ def test_max_pixels_makes_larger_images_failures(folder):
     assert "max_pixels is 144" in batch.failures[-1][1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_odd_images_are_noted(tmp_path, workers):
+    rng = np.random.default_rng(0)
+    pictures = {
+        "a": rng.integers(0, 256, (9, 9, 3), dtype=np.uint8),
+        "b": np.full((9, 9, 3), 7, np.uint8),
+        "c": rng.integers(0, 4096, (9, 9)).astype(np.uint16),
+        "d": np.zeros((9, 9), np.uint16),
+        "e": np.where(np.eye(9, dtype=bool)[::-1], 9, 7).astype(np.uint8),
+    }
+    for name, values in pictures.items():
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    batches = list(load_batches(ImageFolder(tmp_path), TRANSFORM, batch_size=2, workers=workers))
+    notes = [note for batch in batches for note in batch.notes]
+    assert notes == [(1, "constant"), (2, f"narrow:{pictures['c'].max()}"), (3, "constant")]
+
+
 def test_wrong_arguments_are_refused_before_the_first_batch(folder):
     with pytest.raises(UsageError, match=r"'skip'.*raise, record"):
         load_batches(folder, TRANSFORM, batch_size=2, on_error="skip")

@@ -24,6 +24,8 @@ from ood_core.data import (
     match_labels,
     open_source,
 )
+from ood_core.data.augment import Views
+from ood_core.data.joined import JoinedSources
 from ood_core.errors import DataError, ImageError, MissingDataError, UsageError
 from PIL import Image
 
@@ -139,6 +141,43 @@ def test_bad_folders_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="empty' cannot be listed: Permission denied"):
         ImageFolder(tmp_path / "empty")
+
+
+KINDS = {
+    "jfif": "JPEG", "jp2": "JPEG2000", "j2k": "JPEG2000", "tga": "TGA", "pnm": "PPM", "pcx": "PCX", "sgi": "SGI",
+    "dib": "DIB", "dds": "DDS", "apng": "PNG", "mpo": "MPO", "icns": "ICNS", "xbm": "XBM",
+}  # fmt: skip
+
+
+def test_everything_that_pillow_reads_is_found(tmp_path):
+    for suffix, kind in KINDS.items():
+        image = Image.new("1" if kind == "XBM" else "RGB", (16, 16))
+        image.save(tmp_path / f"a.{suffix}", kind)
+    source = ImageFolder(tmp_path)
+    assert source.ids == sorted(f"a.{suffix}" for suffix in KINDS)
+    assert all(image.mode == "RGB" for _, image in source)
+    assert not source.skipped
+
+
+def test_files_that_look_like_images_and_are_skipped_are_named(tmp_path):
+    write_images(tmp_path, "cat/a.png", "cat/photo.jpg_large", "cat/bare", ".hidden", "notes.txt")
+    others = {
+        "b.heic": b"",
+        "c.NEF": b"II*\0",
+        "slide.unknown": b"MM\0*",
+        "d.xyz": b"nothing",
+        "run.sh": b"#!",
+        "e": b"",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    source = ImageFolder(tmp_path)
+    assert source.ids == ["cat/a.png"]
+    assert source.skipped == ["b.heic", "c.NEF", "cat/bare", "cat/photo.jpg_large", "slide.unknown"]
+    os.remove(tmp_path / "cat" / "a.png")
+    with pytest.raises(DataError, match=r"holds no image.*5 files look like images .* first '.*b\.heic'"):
+        ImageFolder(tmp_path)
 
 
 # ---- manifests
@@ -717,9 +756,86 @@ def test_sources_that_cannot_be_opened(tmp_path, pack):
             open_source(str(tmp_path / missing))
     with pytest.raises(UsageError, match="'val'"):
         open_source(f"{pack}:val")
+    (tmp_path / "a.doc").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a\.doc' is no manifest"):
+        open_source(tmp_path / "a.doc")
+
+
+def test_one_image_file_is_a_source_of_one(tmp_path):
+    write_images(tmp_path, "a.png", "b.jfif", "bare")
+    (tmp_path / "broken.jpg").write_bytes(b"<html>")
+    for value, name in enumerate(("a.png", "b.jfif", "bare")):
+        source = open_source(tmp_path / name)
+        assert (source.ids, values(source), source.labels) == ([name], [value], None)
+    with pytest.raises(ImageError, match=r"broken\.jpg'.*HTML"):
+        open_source(tmp_path / "broken.jpg").open(0)
+
+
+# ---- how images are read
+
+
+def words_png(path, values):
+    Image.fromarray(np.asarray(values, np.uint16)).save(path)
+
+
+def test_a_value_range_belongs_to_the_source(tmp_path, pack):
+    words_png(tmp_path / "a.png", [[0, 2048, 4095]])
+    (tmp_path / "m.csv").write_text("path\na.png\n")
+    table = pa.table({"image": [(tmp_path / "a.png").read_bytes()]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    makers = [
+        lambda **options: ImageFolder(tmp_path, **options),
+        lambda **options: Manifest(tmp_path / "m.csv", **options),
+        lambda **options: ParquetImages(tmp_path / "p.parquet", **options),
+        lambda **options: PILImages([Image.fromarray(np.array([[0, 2048, 4095]], np.uint16))]).reading(**options),
+        lambda **options: open_source(tmp_path / "a.png", **options),
+    ]
+    for make in makers:
+        plain, ranged = make(), make(value_range=(0, 4095))
+        assert np.asarray(plain.open(0))[0, :, 0].tolist() == [0, 8, 15]
+        assert np.asarray(ranged.open(0))[0, :, 0].tolist() == [0, 128, 255]
+        assert np.asarray(plain.open(0, value_range=(0, 4095)))[0, :, 0].tolist() == [0, 128, 255]
+        prints = {plain.fingerprint, ranged.fingerprint, make(value_range=(0, 4094)).fingerprint}
+        assert len(prints) == 3
+        assert plain.reading(value_range=(0, 4095)).fingerprint == ranged.fingerprint
+        with pytest.raises(UsageError, match=r"value_range=\(9, 1\)"):
+            make(value_range=(9, 1))
+
+
+def test_sources_of_sources_heed_how_those_are_read(tmp_path):
+    os.makedirs(tmp_path / "cat")
+    words_png(tmp_path / "cat" / "a.png", [[0, 2048, 4095]])
+    folder = ImageFolder(tmp_path)
+
+    def wrapped(source):
+        return [
+            FewShot(source, 1, 1),
+            JoinedSources({"one": source}),
+            Views(source, 1, size=(1, 3), scale=(1.0, 1.0)),
+            source.subset([0]),
+        ]
+
+    inside = wrapped(folder.reading(value_range=(0, 4095), max_pixels=2))
+    for plain, inner in zip(wrapped(folder), inside, strict=True):
+        outer = plain.reading(value_range=(0, 4095), max_pixels=3)
+        assert np.asarray(plain.open(0)).max() < 16
+        assert np.asarray(outer.open(0)).max() > 100
+        with pytest.raises(ImageError, match="max_pixels is 2"):
+            inner.open(0)
+        assert np.asarray(inner.open(0, max_pixels=3)).max() > 100
+        assert len({plain.fingerprint, outer.fingerprint, inner.fingerprint}) >= 2
+        assert plain.fingerprint not in (outer.fingerprint, inner.fingerprint)
+
+
+def test_a_limit_of_pixels_belongs_to_the_source(tmp_path):
     write_images(tmp_path, "a.png")
-    with pytest.raises(DataError, match=r"a\.png' is no manifest"):
-        open_source(tmp_path / "a.png")
+    source = ImageFolder(tmp_path)
+    assert source.reading() is source
+    assert source.reading(max_pixels=12).open(0).size == (4, 3)
+    with pytest.raises(ImageError, match="4 x 3 pixels and max_pixels is 11"):
+        source.reading(max_pixels=11).open(0)
+    with pytest.raises(UsageError, match="max_pixels=0 must be at least 1"):
+        source.reading(max_pixels=0)
 
 
 def test_importing_the_package_is_light():

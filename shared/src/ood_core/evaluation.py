@@ -24,7 +24,7 @@ from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, NotFittedError, OODError, UsageError
-from ood_core.features import FeatureSet, stream
+from ood_core.features import FeatureSet, count_notes, stream
 from ood_core.metrics import OODMetrics, evaluate_scores, paired_bootstrap
 from ood_core.scores import ScoreTable
 
@@ -131,7 +131,8 @@ def evaluate(
         out: folder for results.json, scores.parquet and report.html.
         set_kinds: OOD set -> "near" or "far", for the report.
         notes: sentences that belong to the results, for the report.
-        **extraction: for `extract`: `cache`, `on_error`, `batch_size`, `workers`, `progress`.
+        **extraction: for `extract`: `cache`, `on_error`, `batch_size`, `workers`, `progress`, `max_pixels`,
+            `value_range`.
 
     Returns:
         An `Evaluation`.
@@ -145,7 +146,8 @@ def evaluate(
         >>> evaluate(detector, id="test/", ood={"textures": "dtd/"}, out="results/")  # doctest: +SKIP
     """
     named = _by_name(detectors)
-    sets = {"id": id, **ood}
+    sets = {name: _opened(data, extraction) for name, data in {"id": id, **ood}.items()}
+    fit, calibrate = _opened(fit, extraction), _opened(calibrate, extraction)
     if not ood or len(sets) != len(ood) + 1:
         raise UsageError("Give at least one OOD set as ood={name: images}; the name 'id' is the ID test set's.")
     started = time.monotonic()
@@ -165,8 +167,10 @@ def evaluate(
         for name in named
     }
     accuracy = scored["id"][1]["accuracy"]
-    shown = ("images", "scored", "failures", "fingerprint")
+    shown = ("images", "scored", "failures", "fingerprint", "notes")
     described = {name: {key: counts[key] for key in shown} for name, (_, counts) in scored.items()}
+    for name, given in sets.items():
+        described[name]["skipped"] = list(getattr(given, "skipped", ()))
     data = {
         "id": described.pop("id"),
         "ood": described,
@@ -213,7 +217,8 @@ def score(
         **extraction: for `extract`.
 
     Returns:
-        The table, and what the set held: images scored, failures, fingerprint, and of the detectors that classify
+        The table, and what the set held: images scored, failures, fingerprint, notes (odd images by kind, see
+        `FeatureSet.notes`), and of the detectors that classify
         "predicted" (class numbers of the scored images in the table's order) and "accuracy", where labels are known
         classes.
     """
@@ -250,6 +255,7 @@ def score_leaves(
     predicted: dict[str, list[Tensor]] = {}
     for group, parts in _features_per_backbone(unique, data, extraction):
         rows, counts, fingerprint = [], [0, 0], ""
+        notes: list[tuple[str, str]] = []
         for part in parts:
             scores = {path: checked_scores(path, leaf, part) for path, leaf in group.items() if len(part)}
             rows.append(ScoreTable.of(part, scores, source=source))
@@ -260,6 +266,7 @@ def score_leaves(
                     if (hits := leaf._hits(part, classes)) is not None:
                         correct.setdefault(path, []).append(hits)
             counts = [counts[0] + len(part), counts[1] + len(part.failures)]
+            notes += part.notes
             fingerprint = part.source
         tables.append(ScoreTable.concatenate(rows))
     if not counts[0]:
@@ -269,6 +276,7 @@ def score_leaves(
         "scored": counts[0],
         "failures": counts[1],
         "fingerprint": fingerprint,
+        "notes": count_notes(notes),
         "predicted": {name: torch.cat(classes) for name, classes in predicted.items()},
         "accuracy": {name: torch.cat(hits).double().mean().item() for name, hits in correct.items()},
     }
@@ -351,7 +359,7 @@ def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extrac
     for name in [name for name, detector in raw.items() if detector.fits_on_images]:
         if is_features(data):
             raise UsageError(f"{name!r} is fitted on images, not on features: give an image source (fit=, --fit).")
-        raw.pop(name).fit(data)  # type: ignore[arg-type]  # such a detector's `fit` takes images
+        raw.pop(name).fit(_opened(data, extraction))
     for group, parts in _features_per_backbone(raw, data, extraction) if raw else ():
         features = FeatureSet.concatenate(list(parts))
         for detector in group.values():
@@ -395,6 +403,13 @@ def calibrate_detectors(
     for name, detector in detectors.items():
         if detector.members:
             detector._calibrate_members(name, columns, tpr, data_hash)  # type: ignore[attr-defined]  # a Fusion
+
+
+def _opened(data: Data | None, extraction: Mapping[str, Any]) -> Any:
+    """Images as a source that is read as the options of `extract` say; features, and None, as they are."""
+    if data is None or is_features(data):
+        return data
+    return open_source(data, **{name: extraction.get(name) for name in ("max_pixels", "value_range")})
 
 
 def _by_name(detectors: Detector | Sequence[Detector] | Mapping[str, Detector]) -> dict[str, Detector]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -44,6 +45,8 @@ class FeatureSet:
         local_logits: float32 [N, P, C] of the head on every patch, or None.
         extra: features that a method added (`Backbone.with_features`), by name, N rows each.
         failures: (id, reason) of every image without features.
+        notes: (id, note) of images that have features but are odd, see `data.ImageBatch`: "constant",
+            "narrow:MAXIMUM", "channels:NUMBER".
         grid: patches (rows, columns).
         backbone: spec of the backbone.
         fingerprint: the backbone's.
@@ -66,6 +69,7 @@ class FeatureSet:
     local_logits: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
     grid: tuple[int, int] | None = None
     backbone: str = ""
     fingerprint: str = ""
@@ -107,7 +111,10 @@ class FeatureSet:
         # A slice keeps tensors as views (of a memory map, too); other indices copy.
         pick: Any = indices if isinstance(indices, slice) else torch.from_numpy(rows)
         chosen = {name: value[pick] for name, value in self._columns().items()}
-        return self._with_columns(chosen, ids=[self.ids[row] for row in rows], failures=[])
+        ids = [self.ids[row] for row in rows]
+        held = set(ids) if self.notes else ()
+        notes = [note for note in self.notes if note[0] in held]
+        return self._with_columns(chosen, ids=ids, failures=[], notes=notes)
 
     @classmethod
     def concatenate(cls, parts: Sequence[FeatureSet]) -> FeatureSet:
@@ -117,7 +124,8 @@ class FeatureSet:
         columns = {name: _concatenated([table[name] for table in tables]) for name in tables[0]}
         ids = [image_id for part in filled for image_id in part.ids]
         failures = [failure for part in parts for failure in part.failures]
-        return filled[0]._with_columns(columns, ids=ids, failures=failures)
+        notes = [note for part in filled for note in part.notes]
+        return filled[0]._with_columns(columns, ids=ids, failures=failures, notes=notes)
 
 
 def extract(
@@ -132,6 +140,8 @@ def extract(
     *,
     local: str = "value",
     progress: bool | None = None,
+    max_pixels: int | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> FeatureSet:
     """Run a backbone over an image source, once for all detectors.
 
@@ -146,6 +156,12 @@ def extract(
         workers: processes that decode; 0 decodes in this one.
         local: "value" or "tokens", see `Backbone.encode`.
         progress: a bar on stderr; None shows it on a terminal only.
+        max_pixels: larger images are failures; None: 100 million, unless the source has a limit of its own.
+        value_range: the values to show black and white in images of more than 8 bits per sample; None leaves it to the
+            source and the files, see `ood_core.data.depth`.
+
+    Images that are odd (constant, 16 bits of which few are used) and files of a folder that were skipped are counted
+    in one warning per source; `notes` of the result names them all.
 
     Returns:
         A `FeatureSet` in the order of the source.
@@ -153,14 +169,14 @@ def extract(
     Raises:
         ImageError: an undecodable image with `on_error="raise"`.
         DataError: no image could be decoded.
-        UsageError: a need the backbone does not have, or an unknown `on_error`.
+        UsageError: a need the backbone does not have, an unknown `on_error`, or an option out of range.
 
     Example:
         >>> features = extract(create_backbone("tiny"), "photos/", needs={"image"}, cache="cache/")  # doctest: +SKIP
     """
-    parts = list(
-        stream(backbone, source, needs, cache, resume, on_error, batch_size, workers, local=local, progress=progress)
-    )
+    options: dict[str, Any] = {"max_pixels": max_pixels, "value_range": value_range}
+    options |= {"local": local, "progress": progress}
+    parts = list(stream(backbone, source, needs, cache, resume, on_error, batch_size, workers, **options))
     features = FeatureSet.concatenate(parts)
     if not len(features):
         raise DataError(
@@ -181,6 +197,8 @@ def stream(
     *,
     local: str = "value",
     progress: bool | None = None,
+    max_pixels: int | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> Iterator[FeatureSet]:
     """`extract` in parts of 512 images, so that the features of a large source need never be in memory together.
 
@@ -198,7 +216,7 @@ def stream(
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1.")
     needs = backbone.check_needs(needs)
-    source = open_source(source)
+    source = open_source(source, max_pixels=max_pixels, value_range=value_range)
     folder = None if cache is None else _Cache(Path(cache), _describe(backbone, source, needs, local))
     cached: dict[int, _Shard] = {}
     count = -(-len(source) // _SHARD)
@@ -208,6 +226,7 @@ def stream(
     loading = {"on_error": on_error, "workers": workers, "progress": progress}
     computed = _compute(backbone, source, needs, local, missing, batch_size, **loading)
     fingerprint = source.fingerprint
+    notes: list[tuple[str, str]] = []
     for i in range(count):
         shard = cached.get(i)
         if shard is None:
@@ -216,15 +235,19 @@ def stream(
                 folder.write(i, shard)
         if shard.failures and on_error == "raise":
             raise ImageError(shard.failures[0][1])
-        yield _feature_set(backbone, source, fingerprint, _shard_range(i, len(source)), shard)
+        part = _feature_set(backbone, source, fingerprint, _shard_range(i, len(source)), shard)
+        notes += part.notes
+        yield part
+    tell_notes(source, notes)
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """Features of consecutive images of a source, and (index, reason) of those without."""
+    """Features of consecutive images of a source, (index, reason) of those without and (index, note) of odd ones."""
 
     tensors: dict[str, Tensor]
     failures: list[tuple[int, str]]
+    notes: list[tuple[int, str]]
 
 
 def _describe(backbone: Backbone, source: ImageSource, needs: frozenset[str], local: str) -> dict[str, Any]:
@@ -239,6 +262,7 @@ def _describe(backbone: Backbone, source: ImageSource, needs: frozenset[str], lo
         "device": backbone.device.type,
         "source": source.fingerprint,
         "images": len(source),
+        "max_pixels": source.max_pixels,
         "shard": _SHARD,
     }
 
@@ -262,13 +286,15 @@ def _compute(
     loaded = iter(load_batches(source, backbone.transform, flat, **loading))
     for group in batches:
         failures: list[tuple[int, str]] = []
+        notes: list[tuple[int, str]] = []
         parts: list[dict[str, Tensor]] = []
         for batch in islice(loaded, len(group)):
             failures += batch.failures
+            notes += batch.notes
             if len(batch.pixels):
                 parts.append(backbone.encode(batch.pixels, needs, local=local))
         tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in sorted(needs) if parts}
-        yield _Shard(tensors, failures)
+        yield _Shard(tensors, failures, notes)
 
 
 def _batches(rows: range, size: int) -> list[list[int]]:
@@ -284,6 +310,7 @@ def _feature_set(backbone: Backbone, source: ImageSource, fingerprint: str, rows
         labels=None if source.labels is None else torch.as_tensor(source.labels)[good],
         label_names=list(source.label_names),
         failures=[(source.ids[row], reason) for row, reason in failures.items()],
+        notes=[(source.ids[row], note) for row, note in shard.notes],
         grid=backbone.grid,
         backbone=backbone.spec,
         fingerprint=backbone.fingerprint,
@@ -318,6 +345,46 @@ def content_keys(images: FeatureSet | ImageSource) -> Tensor:
     return torch.tensor([short_hash(text) for text in texts], dtype=torch.int64)
 
 
+def count_notes(notes: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """How many images have a note of each kind: "constant", "narrow", "channels".
+
+    Example:
+        >>> count_notes([("a", "constant"), ("b", "narrow:4095"), ("c", "narrow:900")])
+        {'constant': 1, 'narrow': 2}
+    """
+    return dict(sorted(Counter(note.partition(":")[0] for _, note in notes).items()))
+
+
+_SENTENCES = {
+    "constant": "{count} of {images} images are of one colour, first {first!r}: their scores say nothing.",
+    "narrow": "{count} of {images} images have 16 bits per sample but no value above {largest}, first {first!r}. If it "
+    "is 10-, 12- or 14-bit content, it is almost black: give value_range=(0, {full}), --value-range 0,{full} on a "
+    "command line.",
+    "channels": "{count} of {images} images have channels beyond their colours and alpha (up to {largest} in all), "
+    "first {first!r}: those are left out.",
+}
+
+
+def tell_notes(source: ImageSource, notes: Sequence[tuple[str, str]]) -> None:
+    """Warn of the odd images of a source and of files that it skipped: a sentence for each kind, once per source."""
+    if source.told:
+        return
+    source.told.append("notes")
+    for kind, count in count_notes(notes).items():
+        own = [(id, note.partition(":")[2]) for id, note in notes if note.partition(":")[0] == kind]
+        largest = max(int(value or 0) for _, value in own)
+        full = 2 ** max(8, largest.bit_length()) - 1
+        told = {"count": count, "images": len(source), "first": own[0][0], "largest": largest, "full": full}
+        log.warning(_SENTENCES[kind].format(**told))
+    if source.skipped:
+        count, first = len(source.skipped), source.skipped[0]
+        kinds = sorted({Path(name).suffix.lower() or "no suffix" for name in source.skipped})
+        log.warning(
+            "Skipped because they look like images but cannot be read here: %d (%s), first %r.",
+            *(count, ", ".join(kinds[:5]), first),
+        )
+
+
 def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -338,7 +405,11 @@ class _Cache:
         try:
             shards = json.loads(self.manifest.read_text())["shards"]
             self.content["shards"] = {
-                index: {"sha256": entry["sha256"], "failures": [(int(i), str(why)) for i, why in entry["failures"]]}
+                index: {
+                    "sha256": entry["sha256"],
+                    "failures": [(int(i), str(why)) for i, why in entry["failures"]],
+                    "notes": [(int(i), str(note)) for i, note in entry["notes"]],
+                }
                 for index, entry in shards.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -353,13 +424,14 @@ class _Cache:
         if _checksum(path) != entry["sha256"]:
             log.warning("%s does not match its checksum: it is computed again.", path)
             return None
-        return _Shard(load_file(path), entry["failures"])
+        return _Shard(load_file(path), entry["failures"], entry["notes"])
 
     def write(self, index: int, shard: _Shard) -> None:
         """Store the shard, then the manifest that vouches for it."""
         path = self.folder / f"{index:05d}.safetensors"
         write_atomically(path, lambda temporary: save_file(shard.tensors, temporary))
-        self.content["shards"][str(index)] = {"sha256": _checksum(path), "failures": shard.failures}
+        entry = {"sha256": _checksum(path), "failures": shard.failures, "notes": shard.notes}
+        self.content["shards"][str(index)] = entry
         write_json(self.manifest, self.content)
 
 

@@ -46,9 +46,9 @@ class TurnedViews(ImageSource):
         self.labels = None if source.labels is None else np.tile(source.labels, count)
         self.label_names, self.label_values = source.label_names, source.label_values
 
-    def _read(self, item: tuple[int, int], name: str, max_pixels: int) -> Image.Image:
+    def _read(self, item: tuple[int, int], name: str, max_pixels: int | None) -> Image.Image:
         view, index = item
-        image = self.source.open(index, max_pixels=max_pixels)
+        image = self.source.open(index, max_pixels=max_pixels, value_range=self.value_range)
         turn = _TURNS[view]
         return image if turn is None else image.transpose(turn)
 

@@ -47,7 +47,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
 
     Exit codes: 0 ok, 2 usage, 3 bad data, 4 not fitted or not calibrated, 130 interrupted.
     """
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_with_joined_ranges(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         _check_places(args)
@@ -65,6 +65,17 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         message(f"{parser.prog}: {' '.join(str(error).split())}")
         return getattr(error, "exit_code", 3 if isinstance(error, OSError) else 2)
     return 0
+
+
+def _with_joined_ranges(argv: Sequence[str]) -> list[str]:
+    """`--value-range -1000,1000` as one word: argparse takes a word that begins so for an option."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] == "--value-range":
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def add_command(commands: Any, name: str, function: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
@@ -127,7 +138,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto"
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
-    """--cache, --on-error, --batch-size, --workers, and what tables of images need."""
+    """--cache, --on-error, --batch-size, --workers, --max-pixels, --value-range, and what tables of images need."""
     parser.add_argument("--cache", metavar="DIR", help="keep features here and use what is there")
     parser.add_argument(
         "--on-error", choices=("raise", "record"), default="raise", help="bad images: stop, or count them and go on"
@@ -135,6 +146,13 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images (default: %(default)s)"
+    )
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="larger images are bad (default: 100 million)")
+    parser.add_argument(
+        "--value-range",
+        type=_value_range,
+        metavar="LOW,HIGH",
+        help="values shown black and white in images of more than 8 bits per sample (default: what the files say)",
     )
     add_table_arguments(parser)
 
@@ -213,7 +231,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, *, required: bool 
 
 def extraction_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `extract` from the command line."""
-    return {name: getattr(args, name) for name in ("cache", "on_error", "batch_size", "workers")}
+    names = ("cache", "on_error", "batch_size", "workers", "max_pixels", "value_range")
+    return {name: getattr(args, name) for name in names}
+
+
+def _value_range(text: str) -> tuple[float, ...]:
+    """LOW,HIGH as numbers; whether they are a range is the source's business."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be LOW,HIGH, e.g. 0,4095") from None
 
 
 def load_backbone(args: argparse.Namespace, spec: str | None = None, dtype: str = "auto") -> Backbone:

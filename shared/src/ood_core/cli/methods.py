@@ -109,6 +109,7 @@ def fit_detector(args: argparse.Namespace, detector: Any, source: ImageSource, *
     from ood_core.evaluation import calibrate_detectors
 
     checkpoint = Path(args.out) / "checkpoint.safetensors"
+    source = source.reading(max_pixels=args.max_pixels, value_range=args.value_range)
     detector.fit(source, checkpoint=checkpoint, **options)
     if args.calibrate:
         known = open_given(args, args.calibrate)
@@ -175,7 +176,7 @@ def explain_image(args: argparse.Namespace, look: Callable[[Any], _Explanation],
 
     if not Path(args.image).is_file():
         raise MissingDataError(f"There is no image {args.image!r}; check the path.")
-    found = look(decode(args.image))
+    found = look(decode(args.image, max_pixels=args.max_pixels, value_range=args.value_range))
     out = args.out or f"{Path(args.image).stem}-{method}.png"
     found.draw(out)
     message(f"Picture: {out}")

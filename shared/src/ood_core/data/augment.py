@@ -70,9 +70,9 @@ class Views(ImageSource):
         self.labels = None if source.labels is None else np.tile(source.labels, count)
         self.label_names, self.label_values = source.label_names, source.label_values
 
-    def _read(self, item: tuple[int, int], name: str, max_pixels: int) -> Image.Image:
+    def _read(self, item: tuple[int, int], name: str, max_pixels: int | None) -> Image.Image:
         view, index = item
-        image = self.source.open(index, max_pixels=max_pixels)
+        image = self.source.open(index, max_pixels=max_pixels, value_range=self.value_range)
         draw = random.Random(f"{self.seed} {view} {self.source.ids[index]}")
         box = _random_box(*image.size, self.scale, draw)
         out = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)

@@ -9,69 +9,89 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ood_core.data import dicom
+from ood_core.data import dicom, png, tiff
+from ood_core.data.depth import NOTE, Depth, Range, check_range, check_size
 from ood_core.errors import ImageError
 
-IMAGE_SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".gif",
-        ".bmp",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".ico",
-    }
-)
-"""Suffixes, in lower case, of the files that a folder scan takes for images."""
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".ico", ".jp2", ".j2k", ".tga",
+    ".pcx", ".sgi", ".psd",
+})
+# fmt: on
+"""Suffixes, in lower case, of the files that a folder scan takes for images, whatever Pillow says of itself."""
 
 MAX_PIXELS = 100_000_000
 """Largest width times height that is decoded unless the caller says otherwise."""
 
-_PLUGIN_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})
-_QUIET = threading.Lock()
+# Formats of Pillow that are no pictures of pixels, or need another program: Ghostscript, or Windows.
+_NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
+_SETTINGS = threading.RLock()
+"""Held while warning filters or a setting of Pillow are others for a moment."""
 
 
 def image_suffixes() -> frozenset[str]:
-    """`IMAGE_SUFFIXES`, those of AVIF, HEIF and JPEG XL plug-ins registered with Pillow, and .dcm with pydicom."""
-    plugins = _PLUGIN_SUFFIXES & Image.registered_extensions().keys()
-    return IMAGE_SUFFIXES | plugins | (dicom.DICOM_SUFFIXES if dicom.available() else frozenset())
+    """Suffixes of what Pillow and the plug-ins registered with it can read, and of DICOM files with pydicom."""
+    formats = Image.registered_extensions()
+    readable = {suffix for suffix, kind in formats.items() if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return IMAGE_SUFFIXES | readable | (dicom.DICOM_SUFFIXES if dicom.available() else frozenset())
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+# How files begin that are pictures whatever their name. TIFF is what raw files of cameras and slides are made of.
+_BEGINNINGS = (b"\xff\xd8\xff", png.SIGNATURE, b"GIF8", b"\0\0\0\x0cjP  ", b"8BPS", b"\x76\x2f\x31\x01")
+_BRANDS = (b"WEBP", b"avif", b"heic", b"heix", b"mif1")
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that begins so is a picture, be it one that cannot be read here.
+
+    Example:
+        >>> looks_like_image(b"GIF89a")
+        True
+    """
+    return head.startswith(_BEGINNINGS) or head[8:12] in _BRANDS or tiff.is_tiff(head)
+
+
+def to_rgb(image: Image.Image, *, value_range: Sequence[float] | None = None) -> Image.Image:
     """Convert an image of any mode to upright 8-bit RGB.
 
     The first frame counts (an animation is left at it), EXIF orientation is applied, transparency is shown
-    over white. 16-bit values lose their low byte; a 32-bit integer image with no value above 255 is taken as
-    8-bit; floats in [0, 1] are scaled by 255, others clipped to [0, 255], NaN is black.
+    over white. Samples of more than 8 bits follow one rule for every format, which `ood_core.data.depth` states:
+    `value_range`, else what the file says, else all of unsigned 16 bits, and the range of the image for others.
+    NaN is black. What is odd about the image then stands in `info[depth.NOTE]`.
+
+    Args:
+        image: of any mode; one that was just opened still knows the low bytes of 16-bit colour.
+        value_range: the values to show black and white; images of 8 bits per sample do not heed it.
 
     Raises:
         OSError: the image is still on disk and its file is broken.
+        UsageError: `value_range` is no range.
 
     Example:
         >>> to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
+    value_range = check_range(value_range)
     image.seek(0)
+    depth = Depth.of(image)
     image.load()
+    note = image.info.get(NOTE)
     image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bit(image)
-    if image.has_transparency_data:
-        return _over_white(image)
-    return image.convert("RGB")
+    if depth is not None:
+        low_bytes = None if depth.low_bytes is None else _upright(depth.low_bytes)
+        values = depth.values(image, low_bytes)
+        image, note = depth.to_8_bit(values, value_range, image.info.get("transparency"))
+    image = _over_white(image) if image.has_transparency_data else image.convert("RGB")
+    if note:
+        image.info[NOTE] = note
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -81,16 +101,6 @@ def _upright(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # a broken EXIF block raises almost anything; the pixels are fine without it
         return image
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image), posinf=255, neginf=0)
-    if image.mode == "F":
-        unit = values.min() >= 0 and values.max() <= 1
-        values = np.rint(values * 255) if unit else values
-    elif image.mode != "I" or values.max() > 255:
-        values = values >> 8
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -106,7 +116,11 @@ Encoded = bytes | bytearray | memoryview
 
 
 def decode(
-    file: str | os.PathLike[str] | Encoded, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+    file: str | os.PathLike[str] | Encoded,
+    *,
+    name: str | None = None,
+    max_pixels: int | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> Image.Image:
     """Read one encoded image as upright 8-bit RGB.
 
@@ -116,9 +130,11 @@ def decode(
     Args:
         file: a path, or the encoded bytes.
         name: what messages call the image; by default the path.
-        max_pixels: more pixels than this, by the header, are refused before anything is decoded.
+        max_pixels: more pixels than this, by the header, are refused before anything is decoded; None: `MAX_PIXELS`.
+        value_range: see `to_rgb`; of a grey DICOM file of more than 8 bits, instead of its window.
 
     Raises:
+        UsageError: `value_range` is no range.
         ImageError: missing, unreadable, empty, no image, too large or truncated; the message names the image.
 
     Example:
@@ -127,7 +143,10 @@ def decode(
     """
     if name is None:
         name = "<bytes>" if isinstance(file, Encoded) else printable(file)
-    return named(name, lambda: _decode(file, max_pixels))
+    value_range = check_range(value_range)
+    if max_pixels is None:
+        return named(name, lambda: _decode(file, MAX_PIXELS, value_range))
+    return named(name, lambda: _whatever_pillows_limit(lambda: _decode(file, max_pixels, value_range)))
 
 
 def named(name: str, read: Callable[[], Image.Image]) -> Image.Image:
@@ -142,9 +161,22 @@ def _whatever_the_filters(read: Callable[[], Image.Image]) -> Image.Image:
     try:
         return read()
     except Warning:  # the caller's filters make errors of Pillow's warnings: once more without them
-        with _QUIET, warnings.catch_warnings():
+        with _SETTINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return read()
+
+
+def _whatever_pillows_limit(read: Callable[[], Image.Image]) -> Image.Image:
+    """Pillow refuses about 179 million pixels; a caller that names a limit means that one."""
+    try:
+        return read()
+    except Image.DecompressionBombError:
+        with _SETTINGS:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return read()
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -178,14 +210,34 @@ class _StrictReader(io.BufferedReader):
         return data
 
 
-def _decode(file: str | os.PathLike[str] | Encoded, max_pixels: int) -> Image.Image:
+def _decode(file: str | os.PathLike[str] | Encoded, max_pixels: int, value_range: Range | None) -> Image.Image:
     with _StrictReader(_raw(file)) as reader:
-        if dicom.is_dicom(reader.read(dicom.HEAD)):
-            return to_rgb(dicom.read(reader, max_pixels))
-        image = check_pixels(_identify(reader), max_pixels)
-        tiles = getattr(image, "tile", [])
-        reader.strict = any(tile[0] in _PUSHED_CODECS for tile in tiles)
-        return to_rgb(image)
+        head = reader.read(dicom.HEAD)
+        if dicom.is_dicom(head):
+            return to_rgb(dicom.read(reader, max_pixels, value_range))
+        try:
+            return _picture(reader, max_pixels, value_range)
+        except ImageError:
+            raise
+        except Exception:
+            reader.strict = False
+            shorter = png.without_long_texts(reader) if png.is_png(head) else None
+            if shorter is None:
+                raise
+        with _StrictReader(shorter) as reader:
+            return _picture(reader, max_pixels, value_range)
+
+
+def _picture(reader: _StrictReader, max_pixels: int, value_range: Range | None) -> Image.Image:
+    reader.strict = False
+    reader.seek(0)
+    image = _identify(reader)
+    if image is None or tiff.misread(image):
+        return _unidentified(reader, max_pixels, value_range)
+    check_pixels(image, max_pixels)
+    tiles = getattr(image, "tile", [])
+    reader.strict = any(tile[0] in _PUSHED_CODECS for tile in tiles)
+    return to_rgb(image, value_range=value_range)
 
 
 def _raw(file: str | os.PathLike[str] | Encoded) -> Any:
@@ -197,12 +249,23 @@ def _raw(file: str | os.PathLike[str] | Encoded) -> Any:
     return io.FileIO(file)
 
 
-def _identify(reader: _StrictReader) -> Image.Image:
+def _identify(reader: _StrictReader) -> Image.Image | None:
     try:
         return Image.open(reader)
     except UnidentifiedImageError:
-        reader.seek(0)
-        raise ImageError(_what_it_is(reader.read(512))) from None
+        return None
+
+
+def _unidentified(reader: _StrictReader, max_pixels: int, value_range: Range | None) -> Image.Image:
+    """What Pillow has no reader for."""
+    reader.seek(0)
+    head = reader.read(512)
+    if tiff.is_tiff(head) and tiff.describe(reader):
+        reader.strict = True
+        return to_rgb(tiff.read(reader, max_pixels, value_range))
+    if dicom.is_bare(head):
+        return to_rgb(dicom.read(reader, max_pixels, value_range))
+    raise ImageError(_what_it_is(head))
 
 
 def _what_it_is(head: bytes) -> str:
@@ -215,9 +278,7 @@ def _what_it_is(head: bytes) -> str:
     return "it is no image that Pillow can identify, or its header is broken or cut off"
 
 
-def check_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
-    """The same image; refuse an image with no pixel, or with more than `max_pixels`."""
-    width, height = image.size
-    if not 1 <= width * height <= max_pixels:
-        raise ImageError(f"it has {width} x {height} pixels and max_pixels is {max_pixels}")
+def check_pixels(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """The same image; refuse an image with no pixel, or with more than `max_pixels` (None: `MAX_PIXELS`)."""
+    check_size(*image.size, MAX_PIXELS if max_pixels is None else max_pixels)
     return image

@@ -61,8 +61,8 @@ class FewShot(ImageSource):
         counts = np.bincount(self.labels, minlength=len(source.label_names)).tolist()
         self.short_classes = {n: c for n, c in zip(source.label_names, counts, strict=True) if c < shots}
 
-    def _read(self, item: int, name: str, max_pixels: int) -> Image.Image:
-        return self.source.open(item, max_pixels=max_pixels)
+    def _read(self, item: int, name: str, max_pixels: int | None) -> Image.Image:
+        return self.source.open(item, max_pixels=max_pixels, value_range=self.value_range)
 
     def _identity(self, item: int) -> str:
         return self.source._identity(self.source._items[item])

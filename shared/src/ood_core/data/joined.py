@@ -35,8 +35,8 @@ class JoinedSources(ImageSource):
         """int64, where the images of a source are."""
         return np.array([row for row, (own, _) in enumerate(self._items) if own == name], np.int64)
 
-    def _read(self, item: tuple[str, int], name: str, max_pixels: int) -> Image.Image:
-        return self.sources[item[0]].open(item[1], max_pixels=max_pixels)
+    def _read(self, item: tuple[str, int], name: str, max_pixels: int | None) -> Image.Image:
+        return self.sources[item[0]].open(item[1], max_pixels=max_pixels, value_range=self.value_range)
 
     def _identity(self, item: tuple[str, int]) -> str:
         source = self.sources[item[0]]

@@ -7,13 +7,13 @@ __all__ = ["ImageBatch", "load_batches"]
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ood_core.data.decode import MAX_PIXELS
+from ood_core.data.depth import NOTE
 from ood_core.data.sources import ImageSource
 from ood_core.errors import ImageError, UsageError, unknown_name
 
@@ -29,11 +29,14 @@ class ImageBatch:
         indices: int64 [b], positions in the source.
         pixels: float32 [b, 3, H, W]; [0, 3, 0, 0] if every image failed.
         failures: (position in the source, reason) of the others.
+        notes: (position in the source, note) of decoded images that are odd: "constant" (of one colour),
+            "narrow:MAXIMUM" (16 bits of which only the lowest are used), "channels:NUMBER" (some are left out).
     """
 
     indices: np.ndarray
     pixels: Tensor
     failures: list[tuple[int, str]]
+    notes: list[tuple[int, str]] = field(default_factory=list)
 
 
 def load_batches(
@@ -46,7 +49,7 @@ def load_batches(
     on_error: str = "raise",
     progress: bool | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> Iterator[ImageBatch]:
     """Iterate over a source in chunks of consecutive images.
 
@@ -62,7 +65,7 @@ def load_batches(
         on_error: "raise" stops at the first chunk with a failure, "record" goes on.
         progress: show a bar on stderr; None: only on a terminal.
         indices: what to cut into chunks, as positions in the source; None: all.
-        max_pixels: larger images are failures.
+        max_pixels: larger images are failures; None: the source's limit.
 
     Raises:
         UsageError: an argument out of range.
@@ -99,7 +102,7 @@ class _Chunks:
     source: ImageSource
     transform: Callable[[Image.Image], Tensor]
     batches: Sequence[Sequence[int]]
-    max_pixels: int
+    max_pixels: int | None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -110,6 +113,7 @@ class _Chunks:
         loaded: list[int] = []
         pixels: list[Tensor] = []
         failures: list[tuple[int, str]] = []
+        notes: list[tuple[int, str]] = []
         for index in self.batches[chunk]:
             try:
                 image = self.source.open(index, max_pixels=self.max_pixels)
@@ -117,9 +121,20 @@ class _Chunks:
                 failures.append((index, str(error)))
                 continue
             loaded.append(index)
+            if note := image.info.get(NOTE) or _constant(image):
+                notes.append((index, note))
             pixels.append(self.transform(image))
         stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
-        return ImageBatch(np.array(loaded, np.int64), stacked, failures)
+        return ImageBatch(np.array(loaded, np.int64), stacked, failures, notes)
+
+
+def _constant(image: Image.Image) -> str | None:
+    """ "constant" if all pixels are the same; three that differ are proof enough that they are not."""
+    width, height = image.size
+    if len({image.getpixel(at) for at in ((0, 0), (width // 2, height // 2), (width - 1, height - 1))}) > 1:
+        return None
+    extrema: Any = image.getextrema()  # (low, high) of each of three channels
+    return "constant" if all(low == high for low, high in extrema) else None
 
 
 def _in_order(chunks: _Chunks, workers: int) -> Iterable[ImageBatch]:

@@ -29,7 +29,17 @@ import numpy as np
 from PIL import Image
 
 from ood_core.data import dicom
-from ood_core.data.decode import MAX_PIXELS, check_pixels, decode, image_suffixes, named, printable, to_rgb
+from ood_core.data.decode import (
+    IMAGE_SUFFIXES,
+    check_pixels,
+    decode,
+    image_suffixes,
+    looks_like_image,
+    named,
+    printable,
+    to_rgb,
+)
+from ood_core.data.depth import RULE, check_range
 from ood_core.data.tables import class_label_names, clean_labels, image_columns, no_column, read_rows
 from ood_core.errors import DataError, ImageError, MissingDataError, UsageError, unknown_name
 from ood_core.labels import check_class_names, match_labels
@@ -46,6 +56,10 @@ class ImageSource(ABC):
         label_names: one name per label.
         label_values: the labels as they stand in the data, one per label.
         place: the folder or file they were found in, for people; "" for images in memory.
+        value_range: values to show black and white in images of more than 8 bits per sample, see
+            `ood_core.data.depth`; None leaves it to the files.
+        max_pixels: larger images are failures; None: 100 million.
+        skipped: files that look like images and are none of this source.
 
     Example:
         >>> source = ImageFolder("photos")  # doctest: +SKIP
@@ -54,6 +68,9 @@ class ImageSource(ABC):
     """
 
     place: str = ""
+    value_range: tuple[float, float] | None = None
+    max_pixels: int | None = None
+    skipped: Sequence[str] = ()
 
     def __init__(self, ids: Sequence[str], items: Sequence[Any], labels: Sequence[Any] | None = None) -> None:
         """Sort `items` by id and number the values of `labels` (None: unlabelled) in sorted order."""
@@ -70,12 +87,12 @@ class ImageSource(ABC):
         self.labels: np.ndarray | None = encoded if number else None
 
     @abstractmethod
-    def _read(self, item: Any, name: str, max_pixels: int) -> Image.Image:
-        """The RGB image of one item; an `ImageError` about the image `name` if that fails."""
+    def _read(self, item: Any, name: str, max_pixels: int | None) -> Image.Image:
+        """The RGB image of one item, by `self.value_range`; an `ImageError` about the image `name` if that fails."""
 
     @abstractmethod
     def _stamp(self, item: Any) -> str:
-        """A text that changes when the item's bytes change, without reading them all."""
+        """A text that changes when the item's bytes or `self.value_range` change, without reading all bytes."""
 
     def _content(self, item: Any) -> str:
         """A text that says what the item's bytes are, wherever they lie; its stamp if that is all that is known."""
@@ -90,13 +107,43 @@ class ImageSource(ABC):
         for index, id in enumerate(self.ids):
             yield id, self.open(index)
 
-    def open(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    def open(
+        self, index: int, *, max_pixels: int | None = None, value_range: Sequence[float] | None = None
+    ) -> Image.Image:
         """Decode one image to upright RGB.
+
+        Args:
+            index: position in the source.
+            max_pixels: instead of the source's.
+            value_range: instead of the source's.
 
         Raises:
             ImageError: it cannot be decoded or has more than `max_pixels`; the message names it and says why.
         """
-        return self._read(self._items[index], self.ids[index], max_pixels)
+        source = self.reading(max_pixels=max_pixels, value_range=value_range)
+        return source._read(self._items[index], self.ids[index], source.max_pixels)
+
+    def reading(self, *, max_pixels: int | None = None, value_range: Sequence[float] | None = None) -> Self:
+        """The same images, read with other options; None keeps the source's.
+
+        Raises:
+            UsageError: `max_pixels` below 1, or a `value_range` that is none.
+        """
+        if max_pixels is not None and max_pixels < 1:
+            raise UsageError(f"max_pixels={max_pixels} must be at least 1.")
+        wanted = {"max_pixels": max_pixels, "value_range": check_range(value_range)}
+        changed = {name: value for name, value in wanted.items() if value not in (None, getattr(self, name))}
+        if not changed:
+            return self
+        self.told  # noqa: B018  # the copy shares it
+        part = copy.copy(self)
+        part.__dict__ |= changed
+        return part
+
+    @property
+    def told(self) -> list[str]:
+        """What the user has been told of these images already; the same list for copies that are read otherwise."""
+        return self.__dict__.setdefault("told_already", [])
 
     def _identity(self, item: Any) -> str:
         """A text that is the same for the same image in every source that holds it, and in no other image."""
@@ -151,17 +198,19 @@ class ImageSource(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest over ids, labels and a stamp of every item's bytes (files: size and time of change)."""
+        """Hex digest over ids, labels, a stamp of every item's bytes (files: size and time of change) and how these
+        are read: `value_range`, and the version of the rule for more than 8 bits."""
         return self._digest(self._stamp)
 
     @property
     def content(self) -> str:
-        """Hex digest over ids, labels and every item's bytes, the same for a copy elsewhere; reads all the bytes."""
+        """Hex digest over ids, labels, every item's bytes and how these are read, the same for a copy elsewhere; reads
+        all the bytes."""
         return self._digest(self._content)
 
     def _digest(self, describe: Callable[[Any], str]) -> str:
         labels = [-1] * len(self) if self.labels is None else self.labels.tolist()
-        digest = hashlib.sha256(json.dumps(self.label_names).encode())
+        digest = hashlib.sha256(json.dumps([self.label_names, RULE, self.value_range]).encode())
         for id, item, label in zip(self.ids, self._items, labels, strict=True):
             digest.update(json.dumps([id, describe(item), label]).encode())
         return digest.hexdigest()
@@ -244,61 +293,107 @@ def _existing(path: PathLike, kind: str) -> str:
 class _Files(ImageSource):
     """Images in files of their own: an item is a path."""
 
-    def _read(self, item: str, name: str, max_pixels: int) -> Image.Image:
-        return decode(item, max_pixels=max_pixels)
+    def _read(self, item: str, name: str, max_pixels: int | None) -> Image.Image:
+        return decode(item, max_pixels=max_pixels, value_range=self.value_range)
 
     def _identity(self, item: str) -> str:
         return f"{_real_path(item)} {_file_stamp(item)}"
 
     def _stamp(self, item: str) -> str:
-        return _file_stamp(item)
+        return _with_range(_file_stamp(item), self)
 
     def _content(self, item: str) -> str:
-        return _file_content(item)
+        return _with_range(_file_content(item), self)
+
+
+def _with_range(stamp: str, source: ImageSource) -> str:
+    return stamp if source.value_range is None else f"{stamp} {source.value_range}"
+
+
+# fmt: off
+# Files that stand beside images and need not be opened to be known for none.
+_NO_IMAGES = frozenset({
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".htm", ".yaml", ".yml", ".toml", ".ini",
+    ".cfg", ".log", ".py", ".ipynb", ".parquet", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".pt", ".pth", ".pkl",
+    ".onnx", ".safetensors", ".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".db", ".pdf", ".docx", ".xlsx",
+})
+# Pictures that need other libraries.
+_UNREAD = dicom.DICOM_SUFFIXES | {
+    ".heic", ".heif", ".avif", ".jxl", ".svg", ".exr", ".hdr", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".raf",
+    ".rw2", ".nii", ".mha", ".mhd", ".nrrd", ".svs", ".ndpi", ".mrxs", ".czi", ".lif", ".eps",
+}
+# fmt: on
 
 
 class ImageFolder(_Files):
     """All images below a folder; the first folder below it, if any, is the label.
 
+    Images are the files with a suffix that Pillow or a plug-in of it reads, and with pydicom DICOM files of whatever
+    name. Other files that look like images by suffix or content are in `skipped`.
     Hidden files and folders are skipped, linked folders are followed. The id is the path below `root`, with
     "/"; bytes in it that are no UTF-8 are escaped. A broken link to an image is an item that fails at `open`.
 
     Args:
         root: the folder.
+        value_range: values to show black and white in images of more than 8 bits per sample, e.g. (0, 4095) of 12-bit
+            content in 16-bit files; None leaves it to the files, see `ood_core.data.depth`.
 
     Raises:
         MissingDataError: no such folder.
         DataError: a file, or a folder without any image.
+        UsageError: `value_range` is no range.
 
     Example:
         >>> ImageFolder("photos").label_names  # doctest: +SKIP
         ['cat', 'dog']
     """
 
-    def __init__(self, root: PathLike) -> None:
+    def __init__(self, root: PathLike, *, value_range: Sequence[float] | None = None) -> None:
         root = _existing(root, "folder")
         if not os.path.isdir(root):
             raise DataError(f"{printable(root)!r} is a file, not a folder of images.")
-        paths = sorted(_scan(root))
-        if not paths:
-            raise DataError(_no_image_in(root))
+        found = _scan(root)
+        if not found[True]:
+            raise DataError(_no_image_in(root, found[False]))
         start = len(os.path.join(root, ""))
-        relative = [path[start:].replace(os.sep, "/") for path in paths]
+        relative = [path[start:].replace(os.sep, "/") for path in found[True]]
         labels = [printable(path).partition("/")[0] if "/" in path else None for path in relative]
-        super().__init__(_unique(map(printable, relative)), paths, labels)
+        super().__init__(_unique(map(printable, relative)), found[True], labels)
         self.place = printable(root)
+        self.skipped = [printable(path[start:]) for path in found[False]]
+        self.value_range = check_range(value_range)
 
 
-def _no_image_in(root: str) -> str:
-    suffixes = ", ".join(sorted(image_suffixes()))
-    unread = next(_scan(root, dicom.DICOM_SUFFIXES), "")  # with pydicom it would be an image
-    hint = f" It holds DICOM files as {printable(unread)!r}: {dicom.INSTALL}." if unread else ""
-    return f"Folder {printable(root)!r} holds no image, no visible file with one of {suffixes}.{hint}"
+def _no_image_in(root: str, skipped: Sequence[str]) -> str:
+    hint = ""
+    if skipped:
+        hint = f" {len(skipped)} files look like images that cannot be read here, first {printable(skipped[0])!r}."
+    if unread := [path for path in skipped if _suffix(path) in dicom.DICOM_SUFFIXES]:  # images with pydicom
+        hint = f" It holds DICOM files as {printable(unread[0])!r}: {dicom.INSTALL}."
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    return f"Folder {printable(root)!r} holds no image, no visible file with a suffix as {suffixes}.{hint}"
 
 
-def _scan(root: str, suffixes: frozenset[str] | None = None) -> Iterator[str]:
-    """Paths of the image files below `root`; a link back to a folder above it is not followed."""
-    suffixes = suffixes or image_suffixes()
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _scan(root: str) -> dict[bool, list[str]]:
+    """Image files below `root` (True) and files that only look like images (False), sorted."""
+    suffixes = image_suffixes()
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for entry in _files_below(root):
+        if (readable := _kind(entry, suffixes)) is not None:
+            found[readable].append(entry.path)
+    return {readable: sorted(paths) for readable, paths in found.items()}
+
+
+def _packs_below(root: str) -> list[str]:
+    return sorted(entry.path for entry in _files_below(root) if _suffix(entry.name) == ".parquet")
+
+
+def _files_below(root: str) -> Iterator[os.DirEntry[str]]:
+    """The visible files below `root`; a link back to a folder above it is not followed."""
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
     while todo:
         folder, above = todo.pop()
@@ -309,8 +404,27 @@ def _scan(root: str, suffixes: frozenset[str] | None = None) -> Iterator[str]:
         for entry in _visible_entries(folder):
             if entry.is_dir():
                 todo.append((entry.path, above | {here}))
-            elif os.path.splitext(entry.name)[1].lower() in suffixes:
-                yield entry.path
+            else:
+                yield entry
+
+
+def _kind(entry: os.DirEntry[str], suffixes: frozenset[str]) -> bool | None:
+    """Whether a file is an image (True), looks like one (False), or neither (None)."""
+    suffix = _suffix(entry.name)
+    if suffix in suffixes:
+        return True
+    if suffix in _NO_IMAGES or entry.name.upper() == "DICOMDIR" or not entry.is_file():
+        return None
+    if suffix in _UNREAD:
+        return False
+    try:
+        with open(entry.path, "rb") as file:
+            head = file.read(dicom.HEAD)
+    except OSError:
+        return None
+    if dicom.is_dicom(head) or dicom.is_bare(head):
+        return dicom.available()
+    return False if looks_like_image(head) else None
 
 
 def _visible_entries(folder: str) -> list[os.DirEntry[str]]:
@@ -336,6 +450,7 @@ class Manifest(_Files):
         label: the column of labels, if there.
         path_column: the column of paths.
         encoding: of a text file; None: what its byte order mark says, else UTF-8.
+        value_range: see `ImageFolder`.
 
     Raises:
         MissingDataError: no such file.
@@ -356,6 +471,7 @@ class Manifest(_Files):
         label: str = "label",
         path_column: str = "path",
         encoding: str | None = None,
+        value_range: Sequence[float] | None = None,
     ) -> None:
         path = _existing(path, "manifest")
         base = os.path.dirname(path) if root is None else os.fspath(root)
@@ -364,6 +480,7 @@ class Manifest(_Files):
         if rows.names is not None:
             self._number_names(rows.names, path)
         self.place = printable(path)
+        self.value_range = check_range(value_range)
 
 
 class ParquetImages(ImageSource):
@@ -380,6 +497,7 @@ class ParquetImages(ImageSource):
         label: the column of labels, if there. A column `name` with one name per label gives the label names, else
             Hugging Face's metadata.
         id: the column of ids; by default `id`, else `source`, else the row number.
+        value_range: see `ImageFolder`.
 
     Raises:
         MissingDataError: no such file.
@@ -399,6 +517,7 @@ class ParquetImages(ImageSource):
         image: str | None = None,
         label: str = "label",
         id: str | None = None,
+        value_range: Sequence[float] | None = None,
     ) -> None:
         self.file, self.split = _existing(file, "parquet file"), split
         schema = _parquet_schema(self.file)
@@ -420,6 +539,7 @@ class ParquetImages(ImageSource):
             self._number_names(own, self.file)
         self._encoded = _EncodedColumn(self.file, image, rows)
         self.place = printable(self.file) + (f":{split}" if split else "")
+        self.value_range = check_range(value_range)
 
     def _take_names(self, values: list[Any], names: list[Any]) -> None:
         """Call the labels by `names`, if these give one name to each."""
@@ -428,7 +548,7 @@ class ParquetImages(ImageSource):
         if len(name_of) == len({pair for pair in pairs if pair[0] is not None}):
             self.label_names = [str(name_of[value]) for value in self.label_values]
 
-    def _read(self, item: int, name: str, max_pixels: int) -> Image.Image:
+    def _read(self, item: int, name: str, max_pixels: int | None) -> Image.Image:
         name = f"{printable(self.file)}: {name}"
         data = self._encoded[item]
         if data is not None:
@@ -441,17 +561,20 @@ class ParquetImages(ImageSource):
             raise ImageError(
                 f"Image {name!r} cannot be read: row {item} holds no bytes, and there is no file {where!r}."
             )
-        return decode(path, max_pixels=max_pixels)
+        return decode(path, max_pixels=max_pixels, value_range=self.value_range)
 
     def _identity(self, item: int) -> str:
         return f"{_real_path(self.file)} {_file_stamp(self.file)} {item}"
 
     def _stamp(self, item: int) -> str:
         path = self._encoded.paths.get(item)
-        return f"{_file_stamp(self.file)} {self.split} {item}" + ("" if path is None else f" {_file_stamp(path)}")
+        outside = "" if path is None else f" {_file_stamp(path)}"
+        return _with_range(f"{_file_stamp(self.file)} {self.split} {item}{outside}", self)
 
     def _content(self, item: int) -> str:
-        return hashlib.sha256(self._encoded[item] or b"").hexdigest()
+        data, path = self._encoded[item], self._encoded.paths.get(item)
+        held = hashlib.sha256(data or b"").hexdigest() if path is None else _file_content(path)
+        return _with_range(held, self)
 
 
 def _image_column(schema: Any) -> str | None:
@@ -633,8 +756,8 @@ class PILImages(ImageSource):
             self.labels = np.array([*self.label_values, -1])[self.labels]
         self.label_names = self.label_values = names
 
-    def _read(self, item: Image.Image, name: str, max_pixels: int) -> Image.Image:
-        return named(name, lambda: to_rgb(check_pixels(item, max_pixels)))
+    def _read(self, item: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
+        return named(name, lambda: to_rgb(check_pixels(item, max_pixels), value_range=self.value_range))
 
     def _stamp(self, item: Image.Image) -> str:
         try:
@@ -667,6 +790,7 @@ class ParquetShards(ImageSource):
             names begin with it ("train-00000-of-00002.parquet"); None keeps all.
         image: see `ParquetImages`.
         label: see `ParquetImages`.
+        value_range: see `ImageFolder`.
 
     Raises:
         MissingDataError: no such folder.
@@ -679,10 +803,16 @@ class ParquetShards(ImageSource):
     """
 
     def __init__(
-        self, folder: PathLike, split: str | None = None, *, image: str | None = None, label: str = "label"
+        self,
+        folder: PathLike,
+        split: str | None = None,
+        *,
+        image: str | None = None,
+        label: str = "label",
+        value_range: Sequence[float] | None = None,
     ) -> None:
         folder = _existing(folder, "folder")
-        files = sorted(_scan(folder, _PARQUET))
+        files = _packs_below(folder)
         if not files:
             raise DataError(f"Folder {printable(folder)!r} holds no parquet file.")
         start = len(os.path.join(folder, ""))
@@ -698,16 +828,23 @@ class ParquetShards(ImageSource):
             names = np.array([*shard.label_names, None], dtype=object)
             labels += [None] * len(shard) if shard.labels is None else names[shard.labels].tolist()
         super().__init__(_unique(ids), items, labels)
+        self.place = printable(folder) + (f":{split}" if split else "")
+        self.value_range = check_range(value_range)
 
-    def _read(self, item: tuple[int, int], name: str, max_pixels: int) -> Image.Image:
-        return self.shards[item[0]].open(item[1], max_pixels=max_pixels)
+    def _read(self, item: tuple[int, int], name: str, max_pixels: int | None) -> Image.Image:
+        return self.shards[item[0]].open(item[1], max_pixels=max_pixels, value_range=self.value_range)
+
+    def _identity(self, item: tuple[int, int]) -> str:
+        shard = self.shards[item[0]]
+        return shard._identity(shard._items[item[1]])
 
     def _stamp(self, item: tuple[int, int]) -> str:
         shard = self.shards[item[0]]
-        return shard._stamp(shard._items[item[1]])
+        return _with_range(shard._stamp(shard._items[item[1]]), self)
 
-
-_PARQUET = frozenset({".parquet"})
+    def _content(self, item: tuple[int, int]) -> str:
+        shard = self.shards[item[0]]
+        return _with_range(shard._content(shard._items[item[1]]), self)
 
 
 def _of_split(folder: str, files: dict[str, str], split: str | None) -> dict[str, tuple[str, str | None]]:
@@ -732,6 +869,8 @@ def _split_in_name(name: str) -> str:
 def open_source(
     spec: ImageSource | PathLike | Sequence[Image.Image],
     *,
+    max_pixels: int | None = None,
+    value_range: Sequence[float] | None = None,
     path_column: str | None = None,
     label: str | None = None,
     encoding: str | None = None,
@@ -740,8 +879,10 @@ def open_source(
 
     Args:
         spec: a folder of images or of parquet packs, a manifest (.csv, .tsv, .jsonl, .txt, .parquet),
-            `FILE.parquet[:split]` with a column of images, a list of PIL images, or an `ImageSource`, which is returned
-            as it is.
+            `FILE.parquet[:split]` with a column of images, an image file, a list of PIL images, or an `ImageSource`,
+            which is returned as it is.
+        max_pixels: larger images are failures; None keeps the source's limit.
+        value_range: see `ImageFolder`; None keeps the source's.
         path_column: of a manifest, the column of paths; None: "path".
         label: of a manifest or pack, the column of labels; None: "label".
         encoding: of a manifest; None: what its byte order mark says, else UTF-8.
@@ -749,12 +890,22 @@ def open_source(
     Raises:
         MissingDataError: no such file or folder.
         DataError: it holds no images.
-        UsageError: an unknown split or encoding.
+        UsageError: an unknown split or encoding, or one of the options out of range.
 
     Example:
         >>> len(open_source("pack.parquet:test"))  # doctest: +SKIP
         1000
     """
+    opened = _opened(spec, path_column, label, encoding)
+    return opened.reading(max_pixels=max_pixels, value_range=value_range)
+
+
+def _opened(
+    spec: ImageSource | PathLike | Sequence[Image.Image],
+    path_column: str | None,
+    label: str | None,
+    encoding: str | None,
+) -> ImageSource:
     if isinstance(spec, ImageSource):
         return spec
     if not isinstance(spec, str | os.PathLike):
@@ -764,6 +915,8 @@ def open_source(
     if os.path.isdir(path):
         return ParquetShards(path, split, label=column) if split or _holds_packs(path) else ImageFolder(path)
     _existing(path, "file or folder")
+    if _is_image(path):
+        return _Files([printable(os.path.basename(path))], [path])
     is_parquet = path.lower().endswith(".parquet")
     if is_parquet and path_column is None and (split or _image_column(_parquet_schema(path))):
         return ParquetImages(path, split, label=column)
@@ -772,7 +925,19 @@ def open_source(
 
 def _holds_packs(folder: str) -> bool:
     """Whether a folder without images holds parquet files."""
-    return next(_scan(folder), None) is None and next(_scan(folder, _PARQUET), None) is not None
+    suffixes = image_suffixes()
+    return not any(_kind(entry, suffixes) for entry in _files_below(folder)) and bool(_packs_below(folder))
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is a picture, by its suffix or else by its content."""
+    if _suffix(path) in image_suffixes():
+        return True
+    if _suffix(path) in _NO_IMAGES or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(dicom.HEAD)
+    return _suffix(path) in _UNREAD or looks_like_image(head) or dicom.is_dicom(head) or dicom.is_bare(head)
 
 
 def _path_and_split(spec: str) -> tuple[str, str | None]:

@@ -333,7 +333,7 @@ class Detector(ABC):
             images: an image source, folder, manifest, parquet file, a PIL image or a list of them. With
                 `on_error="record"` images that cannot be decoded have no entry; `ood_core.evaluation.score` gives a
                 table that names them.
-            **options: for `stream` (`batch_size`, `workers`, `cache`, ...).
+            **options: for `stream` (`batch_size`, `workers`, `cache`, `max_pixels`, `value_range`, ...).
 
         In float32 an image's score depends on no other image but for rounding (1e-5 of it). In half precision the
         network itself rounds differently with the batch size: for decisions on single images take a backbone with
