@@ -75,7 +75,8 @@ def test_a_lost_edit_is_named(tiny, edit, data, tmp_path, capsys):
     shutil.rmtree(tmp_path / "edit")
     assert main(["score", f"{data}/test", "--detector", str(tmp_path / "detector"), "--json"]) == 3
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'edit'} holds no saved edit" in error
+    assert f"tiny+edit:{tmp_path / 'edit'}" in error
+    assert f"{tmp_path / 'edit'}: put it back, or pass backbone= (--backbone)" in error
     assert "Traceback" not in error
 
 

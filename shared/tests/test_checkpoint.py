@@ -6,7 +6,8 @@ import zipfile
 
 import pytest
 import torch
-from ood_core.backbones.checkpoint import load_strictly, names_file, read_checkpoint, without_wrappers
+from ood_core.backbones.checkpoint import load_strictly, read_checkpoint, without_wrappers
+from ood_core.backbones.specs import names_file
 from ood_core.errors import DataError, MissingDataError
 from safetensors.torch import save_file
 from torch import nn

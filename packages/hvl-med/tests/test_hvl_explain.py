@@ -38,7 +38,7 @@ def test_the_parts_are_those_of_the_score(detector, source):
 
 def test_decisions_and_plain_values(detector, source):
     assert explain(detector, source.open(0)).is_ood is None
-    detector.calibrate(source)
+    detector.calibrate(source, allow_overlap=True)
     found = explain(detector, source.open(0))
     assert found.is_ood == bool(detector.is_ood(source.open(0)))
     plain = found.to_dict()

@@ -78,7 +78,7 @@ def test_needs_and_capabilities():
     with pytest.raises(UsageError, match="'local'"):
         made.score_features(FeatureSet(ids=["a"], image=unit(1, 6, seed=1)))
     with pytest.raises(NotFittedError, match="class_names"):
-        SMCM(class_names=["dog"]).score_features(features(2))
+        SMCM(class_names=["dog", "cat"]).score_features(features(2))
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_what_cannot_be_explained_is_refused(smcm, tiny, images, tmp_path):
     with pytest.raises(UsageError, match="got 'knn'"):
         explain(create_detector("knn", backbone=tiny), images[0])
     with pytest.raises(UsageError, match="no backbone"):
-        explain(SMCM(class_names=["dog"]), images[0])
+        explain(SMCM(class_names=["dog", "cat"]), images[0])
     unfitted = IIM(class_names=NAMES)
     unfitted._set_backbone(tiny)
     with pytest.raises(NotFittedError, match="fit"):

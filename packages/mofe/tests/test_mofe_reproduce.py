@@ -119,7 +119,7 @@ def test_groups_come_from_wordnet_for_classes_with_ids(bench, protocol, backbone
 @pytest.mark.parametrize("name", ["mcm", "linear_probe", "knn"])
 def test_other_methods_run_once_on_the_frozen_backbone(bench, protocol, backbone, name):
     if name == "mcm":
-        bench = Bench(protocol, create_detector("mcm", backbone="tiny", class_names=["a"]).backbone, bench.out)
+        bench = Bench(protocol, create_detector("mcm", backbone="tiny", class_names=["a", "b"]).backbone, bench.out)
     runs = bench.runs(Setting(name, "knn"))
     scores = {"linear_probe": ["msp", "max_logit", "energy"]}.get(name, [name])
     assert [(run["score"], run["seed"]) for run in runs] == [(score, None) for score in scores]
@@ -155,7 +155,7 @@ def test_finished_runs_are_read_back_and_shared_by_tables(bench, protocol, backb
 
 
 def test_the_prompts_of_the_classes_are_part_of_a_run(protocol, tmp_path):
-    tiny = create_detector("mcm", backbone="tiny", class_names=["a"]).backbone
+    tiny = create_detector("mcm", backbone="tiny", class_names=["a", "b"]).backbone
     run = Bench(protocol, tiny, tmp_path)
     made = {name: run._recipe(run._made(Setting(name, name), None)) for name in ("mcm", "knn", "mofe")}
     assert {name: found["template"] for name, found in made.items()} == dict.fromkeys(made, "a photo of a {}")

@@ -349,6 +349,13 @@ def test_labels_that_a_source_has_in_another_order(make, photos):
     assert_same(search(backbone, photos, ratios=FEW, **SETTINGS), expected)
 
 
+def test_towers_that_pool_by_attention(make, photos):
+    """Their local features come from the pool, behind the last block."""
+    backbone = make.vit(class_token=False, global_pool="map")
+    expected = plain_greedy(Plain(backbone, photos, CLASSES), ["visual.2.up", "visual.1.up", "visual.0.up"], FEW)
+    assert_same(search(backbone, photos, ratios=FEW, **SETTINGS), expected)
+
+
 def test_defaults(clip, photos):
     edit = search(clip, photos, order="visual_only")
     settings = edit.record["search"]
@@ -358,7 +365,7 @@ def test_defaults(clip, photos):
     assert (objective["name"], objective["weight"], objective["batch"]) == ("loss", 0.1, 512)
     assert objective["k"] == round(0.3 * 4)
     assert objective["temperature"] == pytest.approx(20.0)
-    assert settings["backbone"] == {"spec": "small-clip", "fingerprint": clip.fingerprint}
+    assert settings["backbone"] == {"spec": "small-clip", "fingerprint": clip.fingerprint, "dtype": "float64"}
     assert settings["images"]["count"] == 7
     json.dumps(edit.record)  # plain values only
 
@@ -932,7 +939,6 @@ WITHOUT = {
     "timm-resnet": (resnet, {}, "weight|blocks"),
     "open-clip-resnet": ("clip-resnet", {}, "weight|blocks"),
     "open-clip-resnet-text": ("clip-resnet", {"order": "text_only"}, "blocks"),
-    "attention-pool": ("attention-pool", {}, "'blocks'"),
     "dinov2-classifier": (dino_classifier, {}, "'local'"),
     "no-head": ("no-head", {}, "'logits'"),
     "no-head-with-names": ("no-head", {"class_names": CLASSES}, "'logits'"),
@@ -944,8 +950,6 @@ def test_backbones_without_what_a_search_needs(make, photos, name):
     build, options, words = WITHOUT[name]
     if build == "clip-resnet":
         backbone = make.clip(vision={"layers": (1, 1, 1, 1), "width": 8, "head_width": 8})
-    elif build == "attention-pool":
-        backbone = make.vit(class_token=False, global_pool="map")
     elif build == "no-head":
         backbone = make.vit(num_classes=0)
     else:

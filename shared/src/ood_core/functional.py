@@ -499,7 +499,7 @@ def unsaturated_match(
     Example:
         >>> eye, at = torch.eye(2), {"k": 1, "temperature": 0.01}
         >>> unsaturated_match(r_mcm(eye[:1], eye[None], eye, **at), eye[:1], eye[None], eye, **at)
-        tensor([2.0912])
+        tensor([2.0892])
     """
     score, image, local, text, local_text, negatives = _check.tensors(
         score=(score, "N"),

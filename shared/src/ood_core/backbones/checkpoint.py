@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ood_core.errors import DataError, MissingDataError
 
-__all__ = ["Checkpoint", "load_strictly", "names_file", "read_checkpoint", "without_wrappers"]
+__all__ = ["Checkpoint", "load_strictly", "read_checkpoint", "without_wrappers"]
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 # Where training programs keep the weights, best first: an average over the training is what they evaluate.
 _NESTED = (
@@ -50,16 +49,6 @@ class Checkpoint(NamedTuple):
     state: dict[str, Tensor]
     part: str = ""
     scripted: bool = False
-
-
-def names_file(name: str) -> bool:
-    """Whether a name behind an architecture is that of a file of weights, not of a published tag.
-
-    Example:
-        >>> names_file("runs/best.pt"), names_file("openai")
-        (True, False)
-    """
-    return "/" in name or name.lower().endswith(_SUFFIXES) or Path(name).expanduser().is_file()
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -26,7 +26,8 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from ood_core.backbones.base import Decision
-from ood_core.backbones.checkpoint import Checkpoint, load_strictly, names_file, read_checkpoint, without_wrappers
+from ood_core.backbones.checkpoint import Checkpoint, load_strictly, read_checkpoint, without_wrappers
+from ood_core.backbones.specs import names_file
 from ood_core.backbones.transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from ood_core.errors import DataError, MissingDataError, OODError, UsageError, unknown_name
 

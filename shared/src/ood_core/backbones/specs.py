@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ood_core.backbones.checkpoint import names_file
+__all__ = ["located", "lost_paths", "names_file", "relative_to"]
 
-__all__ = ["located", "lost_paths", "relative_to"]
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 def located(spec: str, folder: str | Path = ".") -> str:
@@ -53,6 +53,16 @@ def lost_paths(spec: str) -> list[str]:
 
     _with_paths(spec, note)
     return [path for path in found if not Path(path).expanduser().exists()]
+
+
+def names_file(name: str) -> bool:
+    """Whether a name behind an architecture is that of a file of weights, not of a published tag.
+
+    Example:
+        >>> names_file("runs/best.pt"), names_file("openai")
+        (True, False)
+    """
+    return "/" in name or name.lower().endswith(_SUFFIXES) or Path(name).expanduser().is_file()
 
 
 def _with_paths(spec: str, change: Callable[[str], str], folder: str | Path = ".") -> str:

@@ -43,7 +43,7 @@ def is_bare(head: bytes) -> bool:
     """Whether a file that begins so looks like a DICOM data set that lacks the preamble.
 
     Example:
-        >>> is_bare(bytes([8, 0, 5, 0]) + b"CS")
+        >>> is_bare(bytes([8, 0, 5, 0]) + b"CS" + bytes([10, 0]) + b"ISO_")
         True
     """
     if head[:2] not in (b"\2\0", b"\b\0") or len(head) < 12:

@@ -552,7 +552,7 @@ class ParquetImages(ImageSource):
         name = f"{printable(self.file)}: {name}"
         data = self._encoded[item]
         if data is not None:
-            return decode(data, name=name, max_pixels=max_pixels)
+            return decode(data, name=name, max_pixels=max_pixels, value_range=self.value_range)
         path = self._encoded.paths.get(item)
         if path is None:
             raise ImageError(f"Image {name!r} cannot be read: row {item} holds no bytes.")
