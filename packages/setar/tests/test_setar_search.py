@@ -45,8 +45,14 @@ def whole_pass(backbone, pixels, prompts):
     pixels = pixels.to(backbone.dtype)
     with torch.no_grad():
         tokens = backbone.prefix(pixels)
-        image = backbone._image_embedding(backbone._run_last_block(tokens))
-        local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
+        behind = backbone._run_last_block(tokens)
+        image = backbone._image_embedding(behind)
+        if backbone.pools_by_attention:
+            pool = backbone.network.attn_pool
+            patches = backbone.network.norm(behind).split(1, dim=1)
+            local = torch.stack([pool(patch) for patch in patches], dim=1)  # each attended alone
+        else:
+            local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
         if prompts is None:
             return backbone._logits(image), backbone._logits(local)
         embeddings, end = backbone._embed_texts(prompts)
