@@ -5,6 +5,9 @@ from importlib.resources import files
 
 import open_clip
 import pytest
+from ood_core import create_detector, extract
+from ood_core.cli.common import print_differences
+from ood_core.data import open_source
 from ood_core.published import (
     MARGIN,
     Beside,
@@ -13,6 +16,7 @@ from ood_core.published import (
     difference_cells,
     imagenet_accuracy,
     legend,
+    zero_shot_beside,
 )
 
 ROWS = json.loads((files("ood_core.published") / "imagenet_zero_shot.json").read_text())["rows"]
@@ -79,3 +83,37 @@ def test_the_loss_of_a_wrong_activation_is_told():
     assert "doctor" not in sentence
     assert "other prompts" in accuracy_beside("open_clip:ViT-L-14/openai", "a photo of a {}", 0.74)[1]
     assert accuracy_beside("tiny", "imagenet", 0.5) == ({}, "")
+
+
+def test_the_zero_shot_accuracy_is_measured_where_one_is_published(monkeypatch, small_backbone, image_folder):
+    source = open_source(image_folder)
+    names = source.label_names
+    detector = create_detector("mcm", backbone=small_backbone, class_names=names)
+    accuracy = detector.correct(extract(small_backbone, source, {"image"})).float().mean().item()
+    assert zero_shot_beside(small_backbone, source, names) == ({}, "")
+    monkeypatch.setattr("ood_core.published.IMAGENET_CLASSES", len(names))
+    assert zero_shot_beside(small_backbone, source, names) == ({}, "")  # nothing is published of it
+    known = {"accuracy": 90.0, "templates": "imagenet", "source": "a table", "same_prompts": True}
+    monkeypatch.setattr("ood_core.published.imagenet_accuracy", lambda spec, template=None: known)
+    record, sentence = zero_shot_beside(small_backbone, source, names, needs={"image", "local"})
+    assert record["measured"] == pytest.approx(100 * accuracy)
+    assert record["off"] == (abs(100 * accuracy - 90) > MARGIN)
+    assert sentence.startswith(f"Zero-shot accuracy of {small_backbone.spec}: {100 * accuracy:.2f} %")
+    assert zero_shot_beside(small_backbone, source, names[:-1]) == ({}, "")
+
+
+def test_printed_differences_have_the_columns_that_are_there(capsys):
+    found = [
+        Beside("A", "SUN", "fpr95", 40, 39),
+        Beside("A", "SUN", "auroc", 90, 92.57),
+        Beside("B", "acc", "acc", 1, 2),
+    ]
+    print_differences(found, ["Places", "SUN", "acc"], ["fpr95", "auroc", "acc"])
+    printed = capsys.readouterr()
+    assert [line.split("  ")[0] for line in printed.out.splitlines()] == ["ours - published, points", "A", "B"]
+    assert "SUN: fpr95 / auroc" in printed.out
+    assert "Places" not in printed.out
+    assert "+1.00 / -2.57!" in printed.out
+    assert "1 of 3 figures is more than 1.5 points" in printed.err
+    print_differences([], ["SUN"], ["auroc"])
+    assert capsys.readouterr().out == ""

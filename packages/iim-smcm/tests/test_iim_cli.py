@@ -14,7 +14,7 @@ from ood_core.data import scenes
 from ood_core.prompts import text_features
 from ood_iim import commands, plot
 from ood_iim.cli import main
-from ood_iim.commands import _published
+from ood_iim.commands import _compared, _published
 from ood_iim.prototypes import imagenet_halves, prototypes
 from ood_iim.studies import STUDIES, within_grid
 from PIL import Image
@@ -160,6 +160,12 @@ def test_reproduce_prints_our_table_beside_the_papers(imagenet, tmp_path, capsys
     scores = found["results"]["4 shots"]
     assert set(scores["s_mcm"]) == {"average", "iNaturalist", "SUN", "Places", "Texture", "accuracy"}
     assert [row["method"] for row in found["published"]][:3] == ["MCM", "GL-MCM", "R-MCM*"]
+    assert {one["row"] for one in found["differences"]} == {"4 shots"}
+    assert len(found["differences"]) == 2 * 5
+    (average,) = (one for one in found["differences"] if (one["place"], one["measure"]) == ("average", "fpr95"))
+    assert average["published"] == 23.17
+    assert average["ours"] == pytest.approx(100 * scores["s_mcm"]["average"]["fpr95"][0])
+    assert found["zero_shot_accuracy"] == {}  # nothing is published of these weights
     written = sorted(path for path in tmp_path.rglob("trial.json"))
     assert len(written) == 2
     before = [path.stat().st_mtime_ns for path in written]
@@ -167,6 +173,8 @@ def test_reproduce_prints_our_table_beside_the_papers(imagenet, tmp_path, capsys
     assert [path.stat().st_mtime_ns for path in written] == before
     captured = capsys.readouterr()
     assert "published" in captured.out
+    assert "ours - published, points" in captured.out
+    assert "(marked !)" in captured.err
     assert "Traceback" not in captured.err
 
 
@@ -341,6 +349,12 @@ def test_the_halves_of_imagenet():
 
 def test_table_2_stands_beside_the_study_of_the_losses():
     rows = _published("losses", "ImageNet-500-Hard", [4])
+    names = [f"4 shots, {label}" for label in STUDIES["losses"]]
+    figures = {"average": {"auroc": (0.9, 0.0), "fpr95": (0.3, 0.0)}, "accuracy": (0.7, 0.0)}
+    found = _compared("losses", {name: {"s_mcm": figures} for name in names}, dict.fromkeys(names, "s_mcm"), rows)
+    assert [one.row for one in found if one.measure == "auroc"] == names
+    assert [one.published for one in found if one.measure == "auroc"][-1] == 93.55
+    assert found[-1].difference == pytest.approx({"auroc": 90 - 93.55, "fpr95": 30 - 27.81}[found[-1].measure])
     assert len(rows) == len(STUDIES["losses"])
     assert rows[-1]["average"] == {"fpr95": 27.81, "auroc": 93.55}
     assert _published("losses", "ImageNet-1k", [4]) == _published("losses", "ImageNet-500-Hard", [16]) == []

@@ -310,6 +310,8 @@ def test_a_table_has_ours_beside_the_papers(run):
     printed = run("--table", 3, "--seeds", 0, 1)
     lines = [line.split("  ") for line in printed.out.splitlines()]
     header, *rows = ([cell.strip() for cell in line if cell.strip()] for line in lines)
+    at = next(place for place, row in enumerate(rows) if row[0] == "ours - published, points")
+    rows, differences = rows[:at], rows[at:]
     assert header == ["FPR95 (standard) / AUROC", *OOD, "average", "accuracy"]
     names = [row[0] for row in rows]
     assert names == [
@@ -319,6 +321,14 @@ def test_a_table_has_ours_beside_the_papers(run):
     assert rows[1][1:] == ["29.27 / 92.67"]
     assert "±" not in rows[0][1]
     assert all("±" in cell for cell in rows[3][1:])
+    assert differences[0][1:] == ["average: fpr95 / auroc"]
+    assert [row[0] for row in differences[1:]] == ["baseline", "+ MoFE", "+ D-beta", "both"]
+    ours, theirs, difference = (
+        [float(number.strip("!").partition("±")[0]) for number in row.split(" / ")]
+        for row in (rows[0][-2 if len(rows[0]) > len(OOD) + 2 else -1], rows[1][1], differences[1][1])
+    )
+    assert difference == pytest.approx([a - b for a, b in zip(ours, theirs, strict=True)], abs=0.011)
+    assert "figures are more than 1.5 points from the published ones (marked !)" in printed.err
     assert "Table 1 has it as 28.34/92.18" in printed.err
     assert "by the rule 'standard'" in printed.err
 
@@ -357,6 +367,9 @@ def test_gains_are_over_the_baseline(run):
     for name, row in found["results"].items():
         assert row["gain"]["mean"] == pytest.approx(fpr95["baseline"] - fpr95[name])
     assert found["published"][3]["gain"] == 12.26
+    gains = {one["row"]: one for one in found["differences"] if one["measure"] == "gain"}
+    assert gains["7 experts"]["published"] == 12.26
+    assert gains["7 experts"]["ours"] == pytest.approx(100 * found["results"]["7 experts"]["gain"]["mean"])
     assert (found["table"], found["protocol"], found["backbone"]) == (4, "imagenet-1k", "small/vit")
     lines = run("--table", 4, "--seeds", 0, leave_out=["experts"]).out.splitlines()
     assert lines[0].split()[-2:] == ["accuracy", "gain"]

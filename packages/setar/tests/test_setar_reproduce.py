@@ -647,3 +647,23 @@ def test_a_temperature_that_a_score_is_named_for_stays(run, nothing_new, table_1
 def test_only_minor_directions_are_trained_and_that_is_said_first(run, nothing_new):
     nothing_new()
     assert "drop='minor', not 'random'" in run(2, *TRAINED, "--param", "drop=random", code=2).err
+
+
+def test_differences_are_of_the_same_architecture_score_method_and_rule():
+    figures = {"fpr95": 40.0, "auroc": 90.0, "auroc_std": 0.1}
+    ours = [
+        {"score": "mcm", "method": method, "origin": "ours", "backbone": "tiny", "convention": rule,
+         "sets": dict.fromkeys(FAR, figures), "average": figures}
+        for method in ("vanilla", "SeTAR") for rule in ("released", "standard")
+    ]  # fmt: skip
+    published = reproduce.published_rows(1, "ImageNet1K", "CLIP ViT-B/16", ["mcm"])
+    result = {"architecture": "CLIP ViT-B/16", "sets": list(FAR), "rows": [*ours, *published]}
+    found = reproduce.compared(result)
+    assert len(found) == 3 * 2 * 5  # cited, rerun and SeTAR; two measures; four sets and their average
+    one = next(one for one in found if "SeTAR" in one.row and (one.place, one.measure) == ("SUN", "auroc"))
+    theirs = next(row for row in published if row["method"] == "SeTAR")["sets"]["SUN"]["auroc"]
+    assert one.difference == pytest.approx(90 - theirs)
+    assert reproduce.compared(result | {"architecture": None}) == []
+    voc = reproduce.published_rows(1, "Pascal-VOC", "CLIP ViT-B/16", ["mcm"])
+    found = reproduce.compared(result | {"rows": [*ours, *voc]})
+    assert not any(one.place == "average" for one in found)  # over other sets

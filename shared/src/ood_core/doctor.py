@@ -19,6 +19,7 @@ __all__ = ["check_plugins", "examine", "examine_backbone"]
 _OPTIONAL = {
     "transformers": "backbones hf:...: pip install 'ood-core[transformers]'",
     "pydicom": "DICOM images: pip install 'ood-core[dicom]'",
+    "tifffile": "TIFF files of more kinds (float64, planes, many channels): pip install 'ood-core[tiff]'",
     "triton": "GPU kernels: comes with torch's CUDA builds on Linux",
     "ood-iim": "IIM and S-MCM: pip install ood-iim",
     "ood-setar": "SeTAR: pip install ood-setar",

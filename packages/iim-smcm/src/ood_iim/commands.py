@@ -20,6 +20,7 @@ from ood_core.cli.common import (
     open_given,
     parse_pairs,
     parse_params,
+    print_differences,
     print_json,
     print_table,
 )
@@ -34,6 +35,8 @@ from ood_core.cli.methods import (
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from ood_core.published import Beside
+
     from ood_iim.detectors import IIM
 
 score = core.score
@@ -124,6 +127,7 @@ def import_released(args: argparse.Namespace) -> None:
 def reproduce(args: argparse.Namespace) -> None:
     """Run a protocol or a study of the paper, our numbers beside the published ones."""
     from ood_core.protocols import find_protocol, inspect_protocol
+    from ood_core.published import zero_shot_beside
 
     from ood_iim.studies import STUDIES, Sets
 
@@ -146,6 +150,8 @@ def reproduce(args: argparse.Namespace) -> None:
     backbone = load_backbone(args)
     settings = _settings(args, backbone)
     args.cache = _trial_cache(args, sets, backbone)
+    extraction = extraction_options(args) | {"needs": {"image", "local"}}
+    zero_shot, sentence = zero_shot_beside(backbone, found.test, found.class_names, args.template, **extraction)
     results: dict[str, Any] = {}
     extra: dict[str, list[dict[str, Any]]] = {}
     main: dict[str, str] = {}
@@ -157,11 +163,16 @@ def reproduce(args: argparse.Namespace) -> None:
             main[name] = "s_mcm" if negatives == "use" else "s_mcm*"
             extra[name] = _beyond_scores(args, sets, backbone, name, label, negatives)
     published = _published(args.study, found.title, args.shots)
+    compared = _compared(args.study, results, main, published)
     if args.json:
-        given = {"protocol": args.protocol, "convention": _CONVENTION}
-        print_json(given | {"results": results, "study": extra, "published": published})
+        given = {"protocol": args.protocol, "convention": _CONVENTION, "zero_shot_accuracy": zero_shot}
+        given |= {"results": results, "study": extra, "published": published}
+        print_json(given | {"differences": [one.to_dict() for one in compared]})
         return
     _print_tables(args, results, main, list(found.ood), published, extra)
+    print_differences(compared, [*found.ood, "average"], ["fpr95", "auroc"])
+    if sentence:
+        message(sentence)
     message(f"Every run: {args.out}")
 
 
@@ -346,6 +357,29 @@ def _print_tables(
                 ["k", "alpha", "AUROC", f"FPR95 ({_CONVENTION})"],
                 [[row["k"], row["alpha"], *(_percent(row[m]) for m in _MEASURES)] for row in lines],
             )
+
+
+def _compared(
+    study: str | None, results: dict[str, Any], main: dict[str, str], published: list[dict[str, Any]]
+) -> list[Beside]:
+    """The main score of every row beside the published row of the same training."""
+    from ood_core.published import beside
+
+    from ood_iim.studies import STUDIES
+
+    found = []
+    for row in published:
+        if study:  # the paper's rows are the study's, in its order
+            label = list(STUDIES[study])[published.index(row)]
+        elif row["method"] in ("IIM", "IIM*"):
+            label = ""
+        else:
+            continue  # other methods
+        name = f"{row['shots']} shots{f', {label}' if label else ''}"
+        figures = results[name][main[name]]
+        ours = {one: {m: 100 * figures[one][m][0] for m in _MEASURES} for one in figures if one != "accuracy"}
+        found += beside(name, ours, {**row["ood"], "average": row["average"]})
+    return found
 
 
 def _our_row(name: str, score: str, figures: dict[str, Any], sets: list[str]) -> list[str]:

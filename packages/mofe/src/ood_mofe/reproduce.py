@@ -15,12 +15,14 @@ from ood_core.cli.common import (
     message,
     parse_pairs,
     parse_params,
+    print_differences,
     print_json,
     print_table,
 )
 from ood_core.cli.methods import show_found
 from ood_core.errors import UsageError, unknown_name
 from ood_core.protocols import find_protocol, inspect_protocol, summarise_protocol
+from ood_core.published import Beside, beside, zero_shot_beside
 from ood_core.runs import percent, study_options
 
 from ood_mofe._published import published_table
@@ -139,6 +141,8 @@ def reproduce(args: argparse.Namespace) -> None:
         for setting in settings.values():
             one.check(setting)
     said = _said(args, bench, settings, number)
+    _, sentence = zero_shot_beside(bench.backbone, bench.protocol.test, bench.protocol.class_names, **bench.extraction)
+    said += [sentence] if sentence else []
     results = _of_study(args, benches, settings) if args.study else _results(bench, settings)
     if number == 4:
         _add_gains(results)
@@ -222,12 +226,14 @@ def _show(
     """Print the results, beside what was published."""
     bench, protocols = benches[0], {one.protocol.name: one.protocol for one in benches}
     rows = [] if number is None else _of_backbone(published_table(number), bench)
+    comparable = rows if number and published_table(number)["id"] == bench.protocol.title else []
     if args.json:
         names = list(protocols)
         known = {"protocol": names if len(names) > 1 else names[0], "backbone": args.backbones or bench.backbone.spec}
         known |= {"table": number, "study": args.study, "convention": bench.convention}
         notes = [note for protocol in protocols.values() for note in protocol.notes] + list(said)
-        print_json(known | {"results": results, "published": rows, "notes": notes})
+        compared = [one.to_dict() for one in _compared(results, comparable)]
+        print_json(known | {"results": results, "published": rows, "differences": compared, "notes": notes})
         return
     for note in said:
         message(f"Note: {note}")
@@ -235,6 +241,9 @@ def _show(
     for name, protocol in protocols.items():
         own = {label: row for label, row in results.items() if row.get("protocol", name) == name}
         _print(own, rows, list(protocol.ood), head, norms=args.study == "reg_on")
+        print_differences(
+            _compared(own, comparable), [*protocol.ood, *_AVERAGES], ["fpr95", "auroc", "accuracy", "gain"]
+        )
     if args.study == "classes":
         print_table(*extremes(results, head))
     if args.study == "fine_grained":
@@ -319,6 +328,27 @@ def _print(
     # A column that says nothing in this table is left out.
     keep = [place for place in range(len(header)) if any(line[place] for line in lines)]
     print_table([header[place] for place in keep], [[line[place] for place in keep] for line in lines])
+
+
+_AVERAGES = ("average", "accuracy", "gain")
+
+
+def _compared(results: Mapping[str, Any], published: Sequence[Mapping[str, Any]]) -> list[Beside]:
+    """Our rows beside the published ones of the same name."""
+    found = []
+    for row in published:
+        if row["method"] in results:
+            ours = results[row["method"]]
+            figures = ours["sets"] | {"average": ours["average"]}
+            figures |= {name: {name: ours[name]} for name in _AVERAGES[1:] if ours.get(name)}
+            theirs = row.get("sets", {}) | {"average": row.get("average", {})}
+            theirs |= {name: {name: row[name]} for name in _AVERAGES[1:] if name in row}
+            found += beside(row["method"], {one: _means(values) for one, values in figures.items()}, theirs)
+    return found
+
+
+def _means(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {measure: 100 * value["mean"] for measure, value in figures.items() if value is not None}
 
 
 def _ours(row: Mapping[str, Any], sets: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from ood_core.cli.common import (
     add_command,
     add_evaluation_arguments,
     add_extraction_arguments,
-    add_table_arguments,
+    add_source_arguments,
     run,
 )
 
@@ -118,7 +118,7 @@ def _add_making_arguments(parser: argparse.ArgumentParser, function: str) -> Non
         "--param", metavar="KEY=VALUE", action="append", default=[], help=f"option of {function} (see README)"
     )
     add_backbone_arguments(parser, dtype="float32")  # rounded weights have other singular values
-    add_table_arguments(parser)
+    add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 

@@ -18,6 +18,7 @@ from ood_core.cli.common import (
     open_given,
     parse_pairs,
     parse_params,
+    print_differences,
     print_json,
     print_table,
 )
@@ -114,11 +115,17 @@ def reproduce(args: argparse.Namespace) -> None:
     results = [paper.reproduce(args.table, bench, scores, labels) for bench in benches]
     table = published_table(args.table)
     message(f"{table['source']}: {table['note']}")
+    found = [paper.compared(result) for result in results]
     if args.json:
+        for result, own in zip(results, found, strict=True):
+            result["differences"] = [one.to_dict() for one in own]
         print_json({"table": args.table, "unit": "percent", "note": table["note"], "results": results})
         return
-    for result in results:
+    for result, own in zip(results, found, strict=True):
         print_table(*paper.lines(result))
+        print_differences(own, [*result["sets"], "average"], paper.MEASURES)
+        if sentence := result["zero_shot_accuracy"].get("sentence"):
+            message(sentence)
     message(f"Every run: {args.out}")
 
 

@@ -43,6 +43,7 @@ from ood_core.errors import MissingDataError, UsageError, unknown_name
 from ood_core.evaluation import Evaluation, evaluate
 from ood_core.metrics import evaluate_scores
 from ood_core.protocols import Protocol, find_protocol
+from ood_core.published import Beside, beside, zero_shot_beside
 from ood_core.runs import UsedImages, kept_runs, recipe, study_options
 
 from ood_setar._published import published_table
@@ -165,6 +166,11 @@ class Bench:
     def folder(self) -> Path:
         """Of all results of this backbone on this protocol."""
         return self.out / self.protocol.name / re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.backbone.spec)
+
+    def zero_shot(self) -> tuple[dict[str, Any], str]:
+        """The accuracy that the backbone is known for, measured; see `zero_shot_beside`."""
+        names, test = self.protocol.class_names, self.protocol.test
+        return zero_shot_beside(self.backbone, test, names, self.template, **self.extraction)
 
     def train(self) -> ImageSource:
         """The ID images to search and train on.
@@ -338,6 +344,7 @@ def reproduce(number: int, bench: Bench, scores: Sequence[str], labels: Mapping[
         "sets" (the columns) and "rows" with "method", "score", "origin", "sets" and "average", and what they rest on.
     """
     labelled = {name: with_labels(_image_set(bench.protocol, name), file) for name, file in labels.items()}
+    zero_shot, sentence = bench.zero_shot()
     models = {label: bench.models(label) for label in TABLES[number]}
     ours = _accuracy_rows(bench, models, labelled) if number == 4 else _score_rows(bench, models, scores)
     edit = bench.searched.edit
@@ -349,6 +356,7 @@ def reproduce(number: int, bench: Bench, scores: Sequence[str], labels: Mapping[
         "options": bench.options,
         "ratios": edit.ratios if edit else {},
         "sets": list(labelled if number == 4 else bench.protocol.ood),
+        "zero_shot_accuracy": zero_shot | ({"sentence": sentence} if sentence else {}),
         "rows": _beside(ours, published_rows(number, bench.protocol.title, bench.kind, scores)),
     }
 
@@ -397,7 +405,7 @@ def _row(bench: Bench, label: str, runs: Sequence[Mapping[str, Any]]) -> Row:
 
 def _summary(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     found = {}
-    for measure in (name for name in _MEASURES if name in figures[0]):
+    for measure in (name for name in MEASURES if name in figures[0]):
         values = [100 * figure[measure] for figure in figures]
         found[measure] = fmean(values)
         if len(values) > 1:
@@ -405,7 +413,7 @@ def _summary(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-_MEASURES = ("fpr95", "auroc", "accuracy")
+MEASURES = ("fpr95", "auroc", "accuracy")
 
 
 def published_rows(number: int, title: str, kind: str | None, scores: Sequence[str]) -> list[Row]:
@@ -457,10 +465,31 @@ def _beside(ours: Sequence[Row], published: Sequence[Row]) -> list[Row]:
     return sorted([*ours, *published], key=place)
 
 
+def compared(result: Mapping[str, Any]) -> list[Beside]:
+    """Our rows of `reproduce` beside the published ones of the same architecture, score, method and FPR rule."""
+    found = []
+    for row in result["rows"]:
+        if row["origin"] == "ours" or row["backbone"] != result["architecture"]:
+            continue
+        for ours in result["rows"]:
+            same = all(ours.get(key) == row.get(key) for key in ("score", "method"))
+            if ours["origin"] == "ours" and same and ours.get("convention") in (None, row.get("convention")):
+                # An average over other sets says nothing.
+                places = ["average"] if set(row["sets"]) in (set(), set(ours["sets"])) else []
+                mine, theirs = ({**one["sets"], "average": one["average"]} for one in (ours, row))
+                figures = {place: _figures(mine[place]) for place in [*ours["sets"], *places]}
+                found += beside(_name(row, result["architecture"]), figures, theirs)
+    return found
+
+
+def _figures(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name in MEASURES}
+
+
 def lines(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of `reproduce` to print."""
     columns, kind = result["sets"], result["architecture"]
-    measures = [name for name in _MEASURES if name in result["rows"][0]["average"]]
+    measures = [name for name in MEASURES if name in result["rows"][0]["average"]]
     what = " / ".join({"fpr95": "released FPR95", "auroc": "AUROC"}.get(name, name) for name in measures)
     rows = []
     for row in result["rows"]:

@@ -17,7 +17,7 @@ from ood_core.cli.common import (
     add_fdr_argument,
     add_overlap_argument,
     add_score_arguments,
-    add_table_arguments,
+    add_source_arguments,
     run,
 )
 from ood_core.cli.protocols import add_protocol_arguments
@@ -121,5 +121,5 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", metavar="DIR")
     report.add_argument("--id", metavar="SOURCE", help="the ID test images, to show some")
     report.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", default=[], help="and OOD sets")
-    add_table_arguments(report)
+    add_source_arguments(report)
     return parser

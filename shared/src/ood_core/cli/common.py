@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
     from ood_core.data.sources import ImageSource
     from ood_core.detectors.base import Detector
+    from ood_core.published import Beside
 
 __all__ = [
     "add_backbone_arguments",
     "add_extraction_arguments",
-    "add_table_arguments",
+    "add_source_arguments",
     "build_detectors",
     "class_names_of",
     "default_workers",
@@ -35,6 +36,7 @@ __all__ = [
     "open_given",
     "parse_pairs",
     "parse_params",
+    "print_differences",
     "print_json",
     "print_table",
     "run",
@@ -105,6 +107,22 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("  ".join(cells).rstrip())  # noqa: T201
 
 
+def print_differences(found: Sequence[Beside], places: Sequence[str], measures: Sequence[str]) -> None:
+    """Ours minus the published figures, a line per row, and how many are off; nothing where no row has both."""
+    if not found:
+        return
+    from ood_core.published import difference_cells, legend
+
+    have = {(one.place, one.measure) for one in found}
+    columns = {place: own for place in places if (own := [one for one in measures if (place, one) in have])}
+    rows = {one.row: [other for other in found if other.row == one.row] for one in found}
+    print_table(
+        ["ours - published, points", *(f"{place}: {' / '.join(own)}" for place, own in columns.items())],
+        [[name, *(difference_cells(own, [p], m)[0] for p, m in columns.items())] for name, own in rows.items()],
+    )
+    message(legend(found))
+
+
 def one_line(text: str) -> str:
     """A text as a cell of a table: line breaks, tabs and other control characters become escapes.
 
@@ -138,7 +156,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto"
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
-    """--cache, --on-error, --batch-size, --workers, --max-pixels, --value-range, and what tables of images need."""
+    """--cache, --on-error, --batch-size, --workers, and how sources are read."""
     parser.add_argument("--cache", metavar="DIR", help="keep features here and use what is there")
     parser.add_argument(
         "--on-error", choices=("raise", "record"), default="raise", help="bad images: stop, or count them and go on"
@@ -147,6 +165,11 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images (default: %(default)s)"
     )
+    add_source_arguments(parser)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """How sources are read: --max-pixels, --value-range, --path-column, --label-column, --encoding."""
     parser.add_argument("--max-pixels", type=int, metavar="N", help="larger images are bad (default: 100 million)")
     parser.add_argument(
         "--value-range",
@@ -154,11 +177,6 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="values shown black and white in images of more than 8 bits per sample (default: what the files say)",
     )
-    add_table_arguments(parser)
-
-
-def add_table_arguments(parser: argparse.ArgumentParser) -> None:
-    """--path-column, --label-column, --encoding."""
     parser.add_argument("--path-column", metavar="NAME", help="column of paths in tables of images (default: path)")
     parser.add_argument("--label-column", metavar="NAME", help="column of labels in these (default: label)")
     parser.add_argument("--encoding", metavar="NAME", help="of tables and --classes, such as latin-1 (default: UTF-8)")
@@ -252,10 +270,11 @@ def load_backbone(args: argparse.Namespace, spec: str | None = None, dtype: str 
 
 
 def open_given(args: argparse.Namespace, source: str) -> ImageSource:
-    """A source that the command line names, tables read as --path-column, --label-column and --encoding say."""
+    """A source that the command line names, read as the flags of `add_source_arguments` say."""
     from ood_core.data import open_source
 
-    return open_source(source, path_column=args.path_column, label=args.label_column, encoding=args.encoding)
+    tables = {"path_column": args.path_column, "label": args.label_column, "encoding": args.encoding}
+    return open_source(source, max_pixels=args.max_pixels, value_range=args.value_range, **tables)
 
 
 def parse_pairs(option: str, pairs: Sequence[str], form: str = "NAME=VALUE") -> dict[str, str]:

@@ -141,6 +141,7 @@ def _show_places(args: argparse.Namespace, rows: Sequence[FoundSet], tasks: Sequ
 def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation:
     """Judge on one task and write the results, with what was found and expected."""
     from ood_core.evaluation import evaluate as run
+    from ood_core.published import IMAGENET_CLASSES
 
     message(task.describe())
     detectors = build_detectors(args, task.class_names)
@@ -160,13 +161,10 @@ def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation
     )
     sets = [row.to_dict() for row in task.found]
     found.results["protocol"] = {"name": task.name, "title": task.title, "sets": sets}
-    if len(task.wnids) == _IMAGENET_CLASSES:
+    if len(task.wnids) == IMAGENET_CLASSES:
         _put_published_accuracy(found.results, detectors)
     found.write(out)
     return found
-
-
-_IMAGENET_CLASSES = 1000
 
 
 def _put_published_accuracy(results: dict[str, Any], detectors: Mapping[str, Detector]) -> None:

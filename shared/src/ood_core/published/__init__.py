@@ -6,15 +6,28 @@ Nobody notices a wrong activation or crop by looking at AUROC; the zero-shot acc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ood_core.prompts import resolve_templates
 
-__all__ = ["MARGIN", "Beside", "accuracy_beside", "beside", "difference_cells", "imagenet_accuracy", "legend"]
+if TYPE_CHECKING:  # figures alone load no torch
+    from ood_core.backbones.base import Backbone
+    from ood_core.data.sources import ImageSource
+
+__all__ = [
+    "MARGIN",
+    "Beside",
+    "accuracy_beside",
+    "beside",
+    "difference_cells",
+    "imagenet_accuracy",
+    "legend",
+    "zero_shot_beside",
+]
 
 MARGIN = 1.5
 """Percent points by which a figure may differ from the published one before it is flagged."""
@@ -57,18 +70,19 @@ class Beside:
         return own | {"difference": round(self.difference, 4), "off": self.off}
 
 
-def beside(row: str, ours: Figures, published: Figures) -> list[Beside]:
-    """The figures that both have.
+def beside(row: str, ours: Figures, published: Mapping[str, Mapping[str, float] | None]) -> list[Beside]:
+    """The figures that both have; None are the published ones of a place that was left out there.
 
     Example:
         >>> beside("MCM", {"SUN": {"auroc": 92.0}}, {"SUN": {"auroc": 92.57, "fpr95": 37.6}})[0].difference
         -0.5699999999999932
     """
+    known = {place: measures or {} for place, measures in published.items()}
     return [
-        Beside(row, place, measure, value, published[place][measure])
+        Beside(row, place, measure, value, known[place][measure])
         for place, measures in ours.items()
         for measure, value in measures.items()
-        if published.get(place, {}).get(measure) is not None
+        if known.get(place, {}).get(measure) is not None
     ]
 
 
@@ -174,3 +188,47 @@ def accuracy_beside(spec: str, template: str | Sequence[str] | None, accuracy: f
             "at the class names and at the images before you trust the figures below."
         )
     return record, sentence
+
+
+IMAGENET_CLASSES = 1000
+"""Of the ID set that the published accuracies are of; part of the classes has another accuracy."""
+
+
+def zero_shot_beside(
+    backbone: Backbone,
+    test: ImageSource,
+    class_names: Sequence[str],
+    template: str | Sequence[str] | None = None,
+    *,
+    needs: Collection[str] = frozenset({"image"}),
+    **extraction: Any,
+) -> tuple[dict[str, Any], str]:
+    """`accuracy_beside` measured here: what a backbone is known for, before other figures are made with it.
+
+    Nothing is computed where nothing is published for the backbone, or the classes are not the 1,000 of ImageNet-1k.
+
+    Args:
+        backbone: as it was published.
+        test: the validation images, labelled.
+        class_names: of the labels.
+        template: prompt, prompts or the name of a set.
+        needs: features to extract; more than "image" where a cache of them is used again.
+        **extraction: of `stream`: cache, on_error, ...
+
+    Returns:
+        As `accuracy_beside`.
+
+    Example:
+        >>> zero_shot_beside(backbone, protocol.test, protocol.class_names)[1]  # doctest: +SKIP
+        'Zero-shot accuracy of open_clip:ViT-B-16/openai: 66.70 %, published 66.73 % (difference -0.03).'
+    """
+    if len(class_names) != IMAGENET_CLASSES or imagenet_accuracy(backbone.spec) is None:
+        return {}, ""
+    from ood_core.detectors import create_detector
+    from ood_core.features import stream
+
+    options = {} if template is None else {"template": template}
+    detector = create_detector("mcm", backbone=backbone, class_names=list(class_names), **options)
+    right = [detector.correct(part) for part in stream(backbone, test, {"image", *needs}, **extraction)]
+    hits = [value for part in right if part is not None for value in part.tolist()]
+    return accuracy_beside(backbone.spec, detector.template, sum(hits) / len(hits)) if hits else ({}, "")
