@@ -669,6 +669,18 @@ def test_training_lowers_the_loss_with_augmentation(backbone, source):
         assert history[-1][term] < 0.95 * history[0][term], term
 
 
+@pytest.mark.parametrize("mixup", [False, True])
+def test_processes_that_decode_change_nothing(backbone, source, mixup):
+    def trained(workers):
+        network = make_network(backbone)
+        history = run(network, backbone, source, epochs=2, augment=True, mixup=mixup, workers=workers)
+        return history, network.state_dict()
+
+    (history, plain), (again, other) = trained(0), trained(2)
+    assert history == again
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
 @pytest.mark.parametrize("options", [{"augment": True}, {"cache_limit": 0}, {}], ids=["views", "nothing kept", "kept"])
 def test_a_training_that_moves_nothing_has_one_history_with_any_number_of_trained_blocks(source, options):
     backbone = small_vit(depth=3)

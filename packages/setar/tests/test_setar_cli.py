@@ -156,7 +156,7 @@ def test_finetune_from_an_edit(edit, tiny, data, tmp_path, capsys):
 
 def test_an_interrupted_training_goes_on(edit, data, tmp_path, capsys, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments = ["finetune", f"{data}/train", "--edit", edit, *SHORT, "--out"]
+    arguments = ["finetune", f"{data}/train", "--edit", edit, "--workers", 0, *SHORT, "--out"]
     run(capsys, *arguments, whole)
     calls, opened = [], ImageFolder.open
 

@@ -374,6 +374,8 @@ def test_augmented_views_are_new_in_every_epoch(clip, photos):
     options = QUICK | {"seed": 9, "crop_scale": 0.5}
     tuned = finetune(clip, photos, edit, **options)
     assert_factors(tuned, expected)
+    decoded_by_others = finetune(clip, photos, edit, workers=2, **options)
+    assert all(torch.equal(decoded_by_others.weight(clip, name), tuned.weight(clip, name)) for name in edit.ratios)
     still = finetune(clip, photos, edit, augment=False, **options)
     for name in edit.ratios:
         assert (still.weight(clip, name) - tuned.weight(clip, name)).abs().max() > 1e-6

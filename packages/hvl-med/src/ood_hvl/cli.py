@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ood_core.cli.common import add_command, add_score_arguments, run
+from ood_core.cli.common import add_command, add_score_arguments, default_workers, run
 from ood_core.cli.methods import (
     add_evaluate_arguments,
     add_explain_arguments,
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "reproduce", commands.reproduce, "run a benchmark of the paper on your data, beside what was published"
     )
     _add_reproduction_arguments(reproduce)
+    for training in (fit, reproduce):
+        training.set_defaults(workers=default_workers())
     return parser
 
 

@@ -20,7 +20,7 @@ def fit(args: argparse.Namespace) -> None:
     names = given_class_names(args) or list(source.label_names)
     detector = new_detector(args, "hvl", names, seed=args.seed)
     message(f"Encoding {len(source)} images of {len(names)} classes at three scales, then training")
-    fit_detector(args, detector, source, cache=args.cache)
+    fit_detector(args, detector, source, cache=args.cache, workers=args.workers)
 
 
 def evaluate(args: argparse.Namespace) -> None:

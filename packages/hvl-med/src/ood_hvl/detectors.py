@@ -181,6 +181,7 @@ class HVL(TrainedDetector):
         checkpoint: str | Path | None = None,
         resume: bool = True,
         cache: str | Path | None = None,
+        workers: int = 0,
         progress: bool | None = None,
     ) -> Self:
         """Learn the adapter and the text biases; forgets an earlier calibration.
@@ -190,6 +191,7 @@ class HVL(TrainedDetector):
             checkpoint: file that keeps the learned tensors after every epoch.
             resume: go on from it.
             cache: folder for the embeddings of images.
+            workers: processes that decode.
             progress: a bar on stderr; None shows it on a terminal only.
 
         Raises:
@@ -204,7 +206,7 @@ class HVL(TrainedDetector):
         labels = self._training_labels(images)
         self._check_classes(labels)
         text = self._raw_texts(backbone)
-        tiles = self._tiles(images, cache, progress)
+        tiles = self._tiles(images, cache=cache, workers=workers, progress=progress)
         if tiles.shape[-1] != text.shape[-1]:
             raise UsageError(
                 f"These features are {tiles.shape[-1]} wide, the texts of {backbone.spec!r} {text.shape[-1]}: extract "
@@ -255,11 +257,11 @@ class HVL(TrainedDetector):
         ]
         return torch.stack(raw).mean(0).cpu()
 
-    def _tiles(self, images: FeatureSet | ImageSource, cache: str | Path | None, progress: bool | None) -> Tensor:
+    def _tiles(self, images: FeatureSet | ImageSource, **loading: Any) -> Tensor:
         """Embeddings of V orientations of N images, orientation after orientation, [V N, 1 + 5 n^2, d]."""
         if isinstance(images, ImageSource):
             source = TurnedViews(images, self.views) if self.views > 1 else images
-            images = extract(self._required_backbone(), source, self.needs, cache=cache, progress=progress)
+            images = extract(self._required_backbone(), source, self.needs, **loading)
         return images.extra[FEATURE]
 
     def _rows(self, labels: Tensor, views: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

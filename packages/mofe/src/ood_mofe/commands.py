@@ -51,7 +51,7 @@ def fit(args: argparse.Namespace) -> None:
     source = open_given(args, args.source)
     detector = new_detector(args, "mofe", _class_names(args, source), seed=args.seed)
     message(f"Training {detector.experts} experts on {len(source)} images of {len(detector.class_names)} classes")
-    fit_detector(args, detector, source, cache=args.cache)
+    fit_detector(args, detector, source, cache=args.cache, workers=args.workers)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -269,6 +269,7 @@ class MoFE(TrainedDetector):
         checkpoint: str | Path | None = None,
         resume: bool = True,
         cache: str | Path | None = None,
+        workers: int = 0,
         progress: bool | None = None,
     ) -> Self:
         """Divide the classes, train the experts and fill their banks; forgets an earlier fit and calibration.
@@ -278,6 +279,7 @@ class MoFE(TrainedDetector):
             checkpoint: file that keeps what is learned after every epoch.
             resume: go on from it.
             cache: folder for the frozen backbone's class tokens and the bank's features.
+            workers: processes that decode.
             progress: a bar on stderr; None shows it on a terminal only.
 
         Raises:
@@ -294,7 +296,7 @@ class MoFE(TrainedDetector):
             initial_groups(self.class_names, self.experts, **self._grouping())  # to refuse what cannot work at once
         texts = self._class_rows(backbone)
         split = Split.of(source, labels, self.validation)
-        extraction: dict[str, Any] = {"cache": cache, "progress": progress}
+        extraction: dict[str, Any] = {"cache": cache, "progress": progress, "workers": workers}
         found = self._survey(split, **extraction)
         group = self._groups(found.prototypes)
         network = self._network(backbone, group, texts)
@@ -308,6 +310,7 @@ class MoFE(TrainedDetector):
             resume=resume,
             recipe=self._recipe(source, backbone.fingerprint) | _digests(groups=group, texts=texts),
             progress=progress,
+            workers=workers,
             **{name: getattr(self, name) for name in _TRAINING},
         )
         self._take(backbone, network, split, extraction)

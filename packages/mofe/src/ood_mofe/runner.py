@@ -238,7 +238,8 @@ class Bench:
     def _train(self, detector: MoFE, images: Any, file: Path) -> None:
         """Go on from a checkpoint beside the figures, which is removed at the end."""
         checkpoint = file.with_suffix(".safetensors")
-        detector.fit(images, checkpoint=checkpoint, cache=self.extraction.get("cache"))
+        loading = {name: self.extraction[name] for name in ("cache", "workers") if name in self.extraction}
+        detector.fit(images, checkpoint=checkpoint, **loading)
         if self.keep:
             detector.save_pretrained(file.with_suffix(""))
         checkpoint.unlink(missing_ok=True)

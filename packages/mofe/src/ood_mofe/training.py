@@ -145,6 +145,7 @@ def survey(
     *,
     classes: int,
     cache: str | Path | None = None,
+    workers: int = 0,
     progress: bool | None = None,
     **router: Any,
 ) -> Survey:
@@ -155,19 +156,21 @@ def survey(
         split: images to train on give the means.
         classes: C.
         cache: folder for the class tokens.
+        workers: processes that decode.
         progress: a bar on stderr; None shows it on a terminal only.
         **router: `router_norm`, `router_reads` and `expert_layers` of `MoFENetwork`.
     """
     network = MoFENetwork.from_backbone(backbone, torch.zeros(1).long(), experts=1, **router)
     seen = _with_class_tokens(backbone, network)
+    loading: dict[str, Any] = {"cache": cache, "workers": workers, "progress": progress}
     means, count, squares = torch.zeros(2, classes, network.experts.width, dtype=torch.float64), 0, 0.0
-    for part, own in _parts(seen, split, split.rows, cache, progress):
+    for part, own in _parts(seen, split, split.rows, **loading):
         means[0].index_add_(0, own, part["router_input"].double())
         means[1].index_add_(0, own, network.norm(part["behind"].to(backbone.device)).cpu().double())
         squares += part["behind"].double().square().mean(1).sum().item()
         count += len(own)
     predicted = [split.labels[:0]]
-    for part, _ in _parts(seen, split, split.held, cache, progress):
+    for part, _ in _parts(seen, split, split.held, **loading):
         token = network.norm(part["behind"].to(backbone.device)).cpu().double()
         predicted.append((F.normalize(token, dim=1) @ F.normalize(means[1], dim=1).T).argmax(1))
     images = torch.bincount(split.labels[split.rows], minlength=classes)
@@ -190,12 +193,12 @@ def _with_class_tokens(backbone: Backbone, network: MoFENetwork) -> Backbone:
 
 
 def _parts(
-    backbone: Backbone, split: Split, rows: Tensor, cache: str | Path | None, progress: bool | None
+    backbone: Backbone, split: Split, rows: Tensor, **loading: Any
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Features of some rows, and their labels."""
     start = 0
     needs = {"router_input", "behind"}
-    for part in stream(backbone, split.part(rows), needs, cache=cache, progress=progress):
+    for part in stream(backbone, split.part(rows), needs, **loading):
         yield part.extra, split.labels[rows[start : start + len(part)]]
         start += len(part)
 
@@ -554,6 +557,7 @@ def train_network(
     resume: bool,
     recipe: Mapping[str, Any],
     progress: bool | None,
+    workers: int = 0,
     **losses: Any,
 ) -> list[dict[str, float]]:
     """Train a network on images; see the detector for the options.
@@ -580,6 +584,7 @@ def train_network(
         resume: see `train`.
         recipe: see `train`.
         progress: see `train`.
+        workers: processes that decode the views of the steps ahead.
         **losses: of `Objective`.
 
     Returns:
@@ -589,7 +594,8 @@ def train_network(
     if len(split.held):
         crops = Crops(split.part(split.held), backbone, tokens=True, limit=cache_limit, blocks=network.blocks)
         validation, kept = Validation(network, crops, split.labels[split.held], head, found.accuracy), crops.bytes
-    views = LiveViews(split.part(split.rows), backbone.transform, scale=(crop_scale, 1.0), seed=seed)
+    source, scale = split.part(split.rows), (crop_scale, 1.0)
+    views = LiveViews(source, backbone.transform, scale=scale, seed=seed, workers=workers)
     pixels, tokens = (views, None) if augment else _centre(backbone, split, cache_limit - kept, network.blocks)
     objective = Objective(
         network,
@@ -604,8 +610,8 @@ def train_network(
         **losses,
     )
     parameters = dict(network.named_parameters())
-    scale = head_learning_rate / learning_rate
-    optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay=weight_decay, lr_scale=scale))
+    faster = head_learning_rate / learning_rate
+    optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay=weight_decay, lr_scale=faster))
     optimizer.register_step_pre_hook(lambda *_: _clip(parameters.values(), clip))
     return train(
         parameters,
@@ -617,6 +623,7 @@ def train_network(
         learning_rate=partial(schedule, peak=learning_rate, epochs=epochs, steps=-(-len(split.rows) // batch_size)),
         per_step=True,
         whole_batch=True,
+        before_epoch=views.prepare if augment else None,
         after_epoch=None if validation is None else validation.figures,
         seed=seed,
         checkpoint=checkpoint,

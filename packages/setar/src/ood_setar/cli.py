@@ -12,6 +12,8 @@ from ood_core.cli.common import (
     add_evaluation_arguments,
     add_extraction_arguments,
     add_source_arguments,
+    add_workers_argument,
+    default_workers,
     run,
 )
 
@@ -107,6 +109,7 @@ def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
     _add_class_arguments(parser)
     add_backbone_arguments(parser, default="open_clip:ViT-B-16/openai", dtype="float32")
     add_extraction_arguments(parser)
+    parser.set_defaults(workers=default_workers())
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 
@@ -118,6 +121,7 @@ def _add_making_arguments(parser: argparse.ArgumentParser, function: str) -> Non
         "--param", metavar="KEY=VALUE", action="append", default=[], help=f"option of {function} (see README)"
     )
     add_backbone_arguments(parser, dtype="float32")  # rounded weights have other singular values
+    add_workers_argument(parser, default_workers())
     add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 

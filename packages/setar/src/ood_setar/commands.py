@@ -182,6 +182,7 @@ def _place(row: FoundSet) -> dict[str, Any]:
 
 # By arguments of the commands, or by what they do with --out.
 _SET_OTHERWISE = {"backbone", "images", "edit", "log_file", "checkpoint", "progress"}
+_FLAGS = {"class_names": "--classes", "template": "--template", "seed": "--seed", "workers": "--workers"}
 
 
 def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
@@ -189,9 +190,12 @@ def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str
     given = parse_params(args.param)
     known = inspect.signature(function).parameters.keys() - _SET_OTHERWISE
     for name in given:
+        if name in _FLAGS:
+            raise UsageError(f"--param {name}= is a flag of its own: give {_FLAGS[name]}.")
         if name not in known:
-            raise unknown_name(f"option of {function.__name__}", name, known)
-    return {"class_names": given_class_names(args), "template": args.template, "seed": args.seed} | given
+            raise unknown_name(f"option of {function.__name__}", name, known - _FLAGS.keys())
+    own = {"class_names": given_class_names(args), "template": args.template}
+    return own | {"seed": args.seed, "workers": args.workers} | given
 
 
 def _training_images(args: argparse.Namespace) -> ImageSource:

@@ -157,6 +157,7 @@ def finetune(
     jitter: float = 0.0,
     augment: bool = True,
     seed: int = 5,
+    workers: int = 0,
     checkpoint: str | Path | None = None,
     resume: bool = True,
     progress: bool | None = None,
@@ -183,6 +184,7 @@ def finetune(
         jitter: brightness, contrast and saturation of a view are changed by factors from 1 - jitter to 1 + jitter.
         augment: random crop, flip and jitter in every epoch; off, every epoch sees the same pixels.
         seed: of the order, the views and what stochastic depth drops.
+        workers: processes that decode the views of the steps ahead.
         checkpoint: file that keeps the factors after every epoch.
         resume: go on from it.
         progress: a bar on stderr; None shows it on a terminal only.
@@ -230,7 +232,12 @@ def finetune(
         },
     }
     forward = _forward(backbone, class_prompts(template, names) if "prompts" in backbone.capabilities else None)
-    pixels = _pixels(backbone, source, (crop_scale, jitter) if augment else None, seed)
+    pixels: LiveViews | _CentreCrops
+    if augment:
+        drawn: dict[str, Any] = {"scale": (crop_scale, 1.0), "seed": seed, "jitter": jitter}
+        pixels = LiveViews(source, backbone.transform, workers=workers, **drawn)
+    else:
+        pixels = _CentreCrops(backbone, source, workers)
     targets = labels.to(backbone.device)
 
     def losses(rows: Tensor, epoch: int) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
@@ -253,6 +260,7 @@ def finetune(
         optimizer=optimizer,
         learning_rate=lambda epoch: learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
         per_step=True,
+        before_epoch=pixels.prepare,
         seed=seed,
         checkpoint=checkpoint,
         resume=resume,
@@ -328,11 +336,15 @@ def _forward(backbone: Backbone, prompts: list[str] | None) -> Callable[[Tensor]
     return forward
 
 
-def _pixels(
-    backbone: Backbone, source: ImageSource, augment: tuple[float, float] | None, seed: int
-) -> Callable[[Tensor, int], Tensor]:
-    if augment is not None:
-        crop_scale, jitter = augment
-        return LiveViews(source, backbone.transform, scale=(crop_scale, 1.0), seed=seed, jitter=jitter)
-    whole = torch.cat([batch.pixels for batch in load_batches(source, backbone.transform, progress=False)])
-    return lambda rows, epoch: whole[rows]
+class _CentreCrops:
+    """The same pixels in every epoch, in memory."""
+
+    def __init__(self, backbone: Backbone, source: ImageSource, workers: int) -> None:
+        batches = load_batches(source, backbone.transform, workers=workers, progress=False)
+        self.whole = torch.cat([batch.pixels for batch in batches])
+
+    def prepare(self, epoch: int, batches: Sequence[Tensor]) -> None:
+        """Nothing: all is there."""
+
+    def __call__(self, rows: Tensor, epoch: int) -> Tensor:
+        return self.whole[rows]

@@ -213,7 +213,7 @@ class Bench:
         start = self.searched.edit if label == "SeTAR+FT" else self._lora(seed)
         assert start is not None
         options = options_of(finetune, self.options)
-        train = partial(train_in, edit=start, seed=seed, **options)
+        train = partial(train_in, edit=start, seed=seed, workers=self.extraction["workers"], **options)
         return self._made(f"{label}-seed-{seed}", options, train, seed=seed, start=_identity(start))
 
     def _lora(self, seed: int) -> SeTAREdit:

@@ -25,6 +25,7 @@ __all__ = [
     "add_backbone_arguments",
     "add_extraction_arguments",
     "add_source_arguments",
+    "add_workers_argument",
     "build_detectors",
     "class_names_of",
     "default_workers",
@@ -162,10 +163,15 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error", choices=("raise", "record"), default="raise", help="bad images: stop, or count them and go on"
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that decode images (default: %(default)s)"
-    )
+    add_workers_argument(parser)
     add_source_arguments(parser)
+
+
+def add_workers_argument(parser: argparse.ArgumentParser, default: int = 0) -> None:
+    """--workers."""
+    parser.add_argument(
+        "--workers", type=int, default=default, metavar="N", help="processes that decode images (default: %(default)s)"
+    )
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:

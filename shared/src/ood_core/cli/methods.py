@@ -109,7 +109,6 @@ def fit_detector(args: argparse.Namespace, detector: Any, source: ImageSource, *
     from ood_core.evaluation import calibrate_detectors
 
     checkpoint = Path(args.out) / "checkpoint.safetensors"
-    source = source.reading(max_pixels=args.max_pixels, value_range=args.value_range)
     detector.fit(source, checkpoint=checkpoint, **options)
     if args.calibrate:
         known = open_given(args, args.calibrate)

@@ -138,7 +138,8 @@ def _constant(image: Image.Image) -> str | None:
 
 
 def _in_order(chunks: _Chunks, workers: int) -> Iterable[ImageBatch]:
-    if workers == 0:
+    workers = min(workers, len(chunks))
+    if workers == 0 or len(chunks) == 1:  # one chunk cannot be decoded ahead of its use
         return map(chunks.__getitem__, range(len(chunks)))
     import torch
     from torch.utils.data import DataLoader
