@@ -235,7 +235,7 @@ def _picture(reader: _StrictReader, max_pixels: int, value_range: Range | None) 
     if image is None or tiff.misread(image):
         return _unidentified(reader, max_pixels, value_range)
     check_pixels(image, max_pixels)
-    tiles = getattr(image, "tile", [])
+    tiles = getattr(image, "tile", None) or []  # Pillow 10 has None for formats without tiles, as ICNS
     reader.strict = any(tile[0] in _PUSHED_CODECS for tile in tiles)
     return to_rgb(image, value_range=value_range)
 

@@ -251,7 +251,7 @@ _OTHER_HALF = {
 
 def _low_bytes(image: Image.Image) -> Image.Image | None:
     """The low bytes of 16-bit colour, decoded from the file that the image is still to be decoded from."""
-    file, tiles = getattr(image, "fp", None), getattr(image, "tile", [])
+    file, tiles = getattr(image, "fp", None), getattr(image, "tile", None) or []
     codecs = {tile[0] for tile in tiles}
     raw = {tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in tiles if tile[3]}
     if file is None or len(raw) != 1 or not codecs <= {"zip", "raw", "libtiff"}:

@@ -38,7 +38,7 @@ def is_tiff(head: bytes) -> bool:
 
 def misread(image: Image.Image) -> bool:
     """Whether Pillow takes an opened TIFF for another: planes of 16-bit colour, of which it reads single bytes."""
-    tags, tiles = getattr(image, "tag_v2", {}), getattr(image, "tile", [])
+    tags, tiles = getattr(image, "tag_v2", {}), getattr(image, "tile", None) or []
     raw = any(tile[0] == "raw" for tile in tiles)
     return raw and tags.get(284) == 2 and max(np.atleast_1d(tags.get(258, 8))) > 8
 
