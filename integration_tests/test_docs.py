@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ood_core import backbones, create_backbone, detectors, protocols
+from ood_core import create_backbone
 from ood_core.data import scenes
+from ood_core.detectors import detector_class
+from ood_core.registry import BACKBONES, DETECTORS, PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -94,20 +96,25 @@ def workplace(images, tmp_path, monkeypatch):
     """A copy of the folders to stand in, where every backbone is `tiny`, whatever its name."""
     shutil.copytree(images, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for library in ("open_clip", "timm", "hf"):
-        monkeypatch.setitem(backbones._LOADERS, library, lambda name, spec: backbones._tiny("", spec))
+    look_anew()
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
-    forget_packages()
+    for registry in REGISTRIES:
+        registry.forget()
 
 
-def forget_packages():
-    detectors._entry_points.cache_clear()
-    protocols._entry_points.cache_clear()
+REGISTRIES = (BACKBONES, DETECTORS, PROTOCOLS)
+
+
+def look_anew():
+    """At what is installed; the libraries' names stand for `tiny`."""
+    for registry in REGISTRIES:
+        registry.forget()
+    BACKBONES.entries.update(dict.fromkeys(("open_clip", "timm", "hf"), BACKBONES.entries["tiny"]))
 
 
 def write_file(block, folder):
@@ -126,7 +133,7 @@ def write_file(block, folder):
         ]
         (info / "entry_points.txt").write_text("\n".join(groups))
     importlib.invalidate_caches()
-    forget_packages()
+    look_anew()
 
 
 WITH_CODE = [name for name in DOCUMENTS if any(block.language == "python" for block in blocks(name))]
@@ -218,7 +225,7 @@ def option_rows(document):
     ],
 )
 def test_tables_hold_the_options_that_there_are(document, detector):
-    known = set(detectors.detector_class(detector)._option_names())
+    known = set(detector_class(detector)._option_names())
     assert option_rows(document) <= known
     assert known - option_rows(document) <= {"encode_chunk"}
 

@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from ood_core import ImageFolder, create_backbone, create_detector, detectors, functional, list_detectors
+from ood_core import ImageFolder, create_backbone, create_detector, functional, list_detectors
 from ood_core.detectors import broken_detectors, detector_class
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, WriteError
 from ood_core.features import FeatureSet, extract
 from ood_core.metrics import auroc
+from ood_core.registry import DETECTORS
 from PIL import Image
 from safetensors import SafetensorError
 from scipy.stats import spearmanr
@@ -49,8 +50,8 @@ def test_the_registry_knows_them():
 
 def test_a_broken_plug_in_hides_nothing(monkeypatch):
     broken = EntryPoint("broken", "no_such_module:Nothing", "ood.detectors")
-    found = {"broken": broken, "mcm": detectors._entry_points()["mcm"]}
-    monkeypatch.setattr(detectors, "_entry_points", lambda: found)
+    found = {"broken": broken, "mcm": DETECTORS.entries["mcm"]}
+    monkeypatch.setitem(DETECTORS.__dict__, "entries", found)
     assert list_detectors() == ["broken", "mcm"]
     assert "no_such_module" in broken_detectors()["broken"]
     assert create_detector("mcm").name == "mcm"

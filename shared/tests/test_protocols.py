@@ -28,6 +28,7 @@ from ood_core.protocols import (
     list_protocols,
     summarise_protocol,
 )
+from ood_core.registry import PROTOCOLS
 from PIL import Image
 
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
@@ -754,7 +755,7 @@ def added(monkeypatch):
     """Two protocols of other packages, one of which cannot be imported."""
     mine = EntryPoint("mine", f"{__name__}:MINE", "ood.protocols")
     broken = EntryPoint("broken", "no_such_module:NOTHING", "ood.protocols")
-    monkeypatch.setattr(protocols, "_entry_points", lambda: {"mine": mine, "broken": broken})
+    monkeypatch.setitem(PROTOCOLS.__dict__, "entries", {"mine": mine, "broken": broken})
     monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(MINE=MINE))
 
 

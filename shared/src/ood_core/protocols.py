@@ -36,8 +36,6 @@ __all__ = [
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +46,7 @@ from ood_core.data.fewshot import FewShot
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource, PathLike
 from ood_core.errors import UsageError, unknown_name
+from ood_core.registry import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def list_protocols() -> list[str]:
         ['imagenet-1k', 'imagenet-500-easy']
     """
     own = [name for name, entry in catalog()["protocols"].items() if "task_of" not in entry]
-    return own + sorted(set(_entry_points()) - set(own))
+    return own + sorted(set(PROTOCOLS.names()) - set(own))
 
 
 def summarise_protocol(name: str) -> dict[str, Any]:
@@ -349,27 +348,19 @@ def _differences(found: list[FoundSet], names: list[str], class_count: int | Non
 # ---- protocols of other packages
 
 
-@cache
-def _entry_points() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group="ood.protocols")}
-
-
 def _family(name: str) -> str | None:
     """The added protocol of this name, or of which this may be a task; None for one of the data files."""
     if name in catalog()["protocols"]:
         return None
-    families = [known for known in _entry_points() if f"{name}-".startswith(f"{known}-")]
+    families = [known for known in PROTOCOLS.entries if f"{name}-".startswith(f"{known}-")]
     if not families:
         raise unknown_name("protocol", name, list_protocols())
     return max(families, key=len)
 
 
 def _load(family: str) -> ContributedProtocol:
-    entry = _entry_points()[family]
-    try:
-        return entry.load()
-    except Exception as error:
-        raise UsageError(f"Protocol {family!r} ({entry.value}) cannot be imported: {error}") from error
+    added: ContributedProtocol = PROTOCOLS.load(family)
+    return added
 
 
 def _refuse_options(

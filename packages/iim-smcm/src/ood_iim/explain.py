@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from ood_core import _panels
@@ -16,7 +16,8 @@ from ood_core.functional import mcm
 from PIL import Image
 from torch import Tensor
 
-from ood_iim.detectors import IIM, SMCM
+if TYPE_CHECKING:  # they explain themselves by this module
+    from ood_iim.detectors import IIM, SMCM
 
 __all__ = ["Explanation", "explain"]
 
@@ -105,7 +106,7 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
     Example:
         >>> explain(detector, Image.open("photo.jpg")).draw("why.png")  # doctest: +SKIP
     """
-    if not isinstance(detector, SMCM | IIM):
+    if getattr(detector, "name", None) not in ("s_mcm", "iim"):
         name = getattr(detector, "name", type(detector).__name__)
         raise UsageError(f"explain takes an 's_mcm' or 'iim' detector, got {name!r}: its score has other parts.")
     backbone = detector._required_backbone()
@@ -147,12 +148,13 @@ class _Texts(NamedTuple):
 
 
 def _texts(detector: SMCM | IIM) -> _Texts:
-    if isinstance(detector, SMCM):
+    if "local_text" not in detector.state:
         text = detector.state["text"].double()
         return _Texts(text, text)
     whole, local = (detector.state[name].double() for name in ("text", "local_text"))
-    used = "negatives" in detector.state and detector.negatives == "use"
-    return _Texts(whole, local, detector.state["negatives"].double() if used else None, detector.form)
+    trained = cast("IIM", detector)
+    used = "negatives" in trained.state and trained.negatives == "use"
+    return _Texts(whole, local, trained.state["negatives"].double() if used else None, trained.form)
 
 
 def _probabilities(local: Tensor, texts: _Texts, temperature: float) -> tuple[Tensor, Tensor]:
@@ -169,7 +171,7 @@ def _probabilities(local: Tensor, texts: _Texts, temperature: float) -> tuple[Te
 def _mined(detector: SMCM | IIM, similarity: Tensor) -> tuple[list[int], list[int]]:
     """Patches of ranks 1 to k and k + 1 to 2k of a class's similarities [P], with the k of the training of IIM."""
     patches = len(similarity)
-    k = min(patches, default_k(detector.train_k if isinstance(detector, IIM) else detector.k, patches))
+    k = min(patches, default_k(getattr(detector, "train_k", detector.k), patches))
     ranked = similarity.argsort(descending=True, stable=True).tolist()
     return ranked[:k], ranked[k : 2 * k]
 

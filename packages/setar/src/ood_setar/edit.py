@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ood_setar.functional import dropped_rank, truncate
 
-__all__ = ["SeTAREdit", "draw"]
+__all__ = ["SeTAREdit", "apply_saved", "draw"]
 
 # Our names of weights and those of the released code's lists.
 _RELEASED = {
@@ -160,7 +160,7 @@ class SeTAREdit:
         tensors = {"ratios": torch.tensor(list(self.ratios.values()), dtype=torch.float64)}
         for name, pair in self.factors.items():
             tensors |= {f"{name}.{letter}": factor.contiguous() for letter, factor in zip("BA", pair, strict=True)}
-        content = {"schema": 1, "ratios": self.ratios, "fingerprint": self.fingerprint}
+        content = {"schema": 1, "kind": "setar", "ratios": self.ratios, "fingerprint": self.fingerprint}
         content |= {"drop": self.drop, "seed": self.seed, "factors": list(self.factors), "scale": self.scale}
         content["record"] = self.record
         files = {"edit.safetensors": lambda path: save_file(tensors, path), "edit.json": json_writer(content)}
@@ -276,3 +276,12 @@ def _share(ratio: Any) -> float:
     if not 0 <= float(ratio) < 1:
         raise ValueError(f"ratio={ratio} is outside [0, 1)")
     return float(ratio)
+
+
+def apply_saved(backbone: Backbone, folder: str | Path) -> Backbone:
+    """A copy of a backbone with the edit that is saved in a folder; what `create_backbone(edit=)` does.
+
+    Example:
+        >>> edited = apply_saved(backbone, "edit/")  # doctest: +SKIP
+    """
+    return SeTAREdit.from_pretrained(folder).apply(backbone)

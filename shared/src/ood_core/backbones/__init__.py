@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ood_core.backbones.specs import located
-from ood_core.errors import UsageError, unknown_name
+from ood_core.errors import MissingDataError, UsageError, unknown_name
+from ood_core.registry import BACKBONES, EDITS
 
 if TYPE_CHECKING:  # names are listed without loading torch
     import torch
@@ -16,61 +17,6 @@ if TYPE_CHECKING:  # names are listed without loading torch
     from ood_core.backbones.base import Backbone, Decision
 
 __all__ = ["create_backbone", "list_backbones"]
-
-
-def _tiny(name: str, spec: str) -> Backbone:
-    from ood_core.backbones.open_clip import OpenCLIPBackbone
-    from ood_core.backbones.transform import ImageTransform
-    from ood_core.tiny import ByteTokenizer, load_model
-
-    transform = ImageTransform(crop=(64, 64), resize=64)
-    backbone = OpenCLIPBackbone(load_model(), ByteTokenizer(), transform, spec=spec)
-    backbone.decisions = _tiny_decisions(backbone)
-    return backbone
-
-
-def _tiny_decisions(backbone: Backbone) -> tuple[Decision, ...]:
-    from ood_core.backbones.base import Decision
-    from ood_core.backbones.loading import activation_name, transform_decisions
-
-    package = "the package"
-    return (
-        Decision("architecture", "a CLIP of the package", package),
-        Decision("weights", "embedded", package),
-        Decision("activation", activation_name(backbone.model.visual), package),
-        *transform_decisions(backbone.transform, size=package, rest=package),
-        Decision("prefix tokens", "1 class, 0 register", package),
-        Decision("pooling", "class token" if backbone.reads_class_token else "mean", package),
-        Decision("tokenizer", "bytes", package),
-        Decision("context length", str(backbone.context_length), package),
-        Decision("logit scale", f"{backbone.logit_scale:.6g}", "the weights"),
-    )
-
-
-def _open_clip(name: str, spec: str) -> Backbone:
-    from ood_core.backbones.open_clip import load_open_clip
-
-    return load_open_clip(name, spec=spec)
-
-
-def _timm(name: str, spec: str) -> Backbone:
-    from ood_core.backbones.timm import load_timm
-
-    return load_timm(name, spec=spec)
-
-
-def _transformers(name: str, spec: str) -> Backbone:
-    from ood_core.backbones.transformers import load_transformers
-
-    return load_transformers(name, spec=spec)
-
-
-_LOADERS: dict[str, Callable[[str, str], Backbone]] = {
-    "tiny": _tiny,
-    "open_clip": _open_clip,
-    "timm": _timm,
-    "hf": _transformers,
-}
 
 
 def list_backbones() -> list[str]:
@@ -91,7 +37,11 @@ def list_backbones() -> list[str]:
         "timm:NAME/FILE",
         "hf:openai/clip-vit-base-patch16",
         "hf:NAME_OR_FOLDER",
+        *(f"{library}:NAME" for library in BACKBONES.names() if library not in _OWN),
     ]
+
+
+_OWN = ("hf", "open_clip", "timm", "tiny")
 
 
 def create_backbone(
@@ -126,12 +76,12 @@ def create_backbone(
     spec, _, named_edit = spec.partition("+edit:")
     edit = edit or named_edit or None
     library, _, name = spec.partition(":")
-    if library not in _LOADERS or (library == "tiny") == bool(name):
+    if library not in BACKBONES.entries or (library == "tiny") == bool(name):
         raise unknown_name("backbone", spec, list_backbones())
     device = _resolve_device(device)
     precision = _resolve_dtype(dtype, device)
     spec = located(spec)
-    backbone = _LOADERS[library](spec.partition(":")[2], spec)
+    backbone: Backbone = BACKBONES.load(library)(spec.partition(":")[2], spec=spec)
     if edit is not None:
         edit = os.path.abspath(Path(edit).expanduser())
         backbone = _apply_edit(backbone, edit)
@@ -197,8 +147,17 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
 
 
 def _apply_edit(backbone: Backbone, folder: str) -> Backbone:
+    file = Path(folder) / "edit.json"
+    if not file.is_file():
+        raise MissingDataError(f"{folder} holds no saved edit: edit.json is missing.")
     try:
-        from ood_setar import SeTAREdit
-    except ImportError as error:
-        raise UsageError("A SeTAR edit needs the package ood-setar: pip install ood-setar") from error
-    return SeTAREdit.from_pretrained(folder).apply(backbone)
+        kind = json.loads(file.read_text(encoding="utf-8"))["kind"]
+    except (ValueError, KeyError, TypeError):
+        kind = "setar"  # written before there were others, or damaged, which its package says
+    if kind not in EDITS.entries:
+        raise UsageError(
+            f"{folder} holds an edit of the kind {kind!r}, which no installed package applies: install the one that "
+            f"made it (pip install ood-{kind})."
+        )
+    edited: Backbone = EDITS.load(kind)(backbone, folder)
+    return edited

@@ -6,22 +6,16 @@ A package adds one with an entry point in the group `ood.detectors`: `name = "pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from ood_core.errors import UsageError, unknown_name
+from ood_core.errors import unknown_name
+from ood_core.registry import DETECTORS, SAVED_DETECTORS
 
 if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
     from ood_core.detectors.base import Detector
 
 __all__ = ["broken_detectors", "create_detector", "detector_class", "list_detectors"]
-
-
-@cache
-def _entry_points() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group="ood.detectors")}
 
 
 def list_detectors() -> list[str]:
@@ -31,18 +25,12 @@ def list_detectors() -> list[str]:
         >>> "mcm" in list_detectors()
         True
     """
-    return sorted(_entry_points())
+    return DETECTORS.names()
 
 
 def broken_detectors() -> dict[str, str]:
     """Detectors whose package cannot be imported, with the error of each."""
-    broken = {}
-    for name, entry in _entry_points().items():
-        try:
-            entry.load()
-        except Exception as error:
-            broken[name] = f"{type(error).__name__}: {error}"
-    return broken
+    return DETECTORS.broken()
 
 
 def detector_class(name: str) -> type[Detector]:
@@ -51,17 +39,8 @@ def detector_class(name: str) -> type[Detector]:
     Raises:
         UsageError: an unknown name, or one whose package cannot be imported.
     """
-    if name in ("fusion", "score_column"):  # made from members, so not created by name, but loaded like the others
-        from ood_core.fusion import Fusion, ScoreColumn
-
-        return Fusion if name == "fusion" else ScoreColumn
-    if name not in _entry_points():
-        raise unknown_name("detector", name, list_detectors())
-    entry = _entry_points()[name]
-    try:
-        return entry.load()
-    except Exception as error:
-        raise UsageError(f"Detector {name!r} ({entry.value}) cannot be imported: {error}") from error
+    loaded: type[Detector] = (SAVED_DETECTORS if name in SAVED_DETECTORS.entries else DETECTORS).load(name)
+    return loaded
 
 
 def create_detector(

@@ -28,6 +28,7 @@ from ood_core.backbones.specs import located, lost_paths, relative_to
 from ood_core.calibration import Calibration, benjamini_hochberg, check_tpr, features_hash, scores_hash
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
+from ood_core.detectors import detector_class
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
 from ood_core.features import FeatureSet, content_keys, stream
 from ood_core.prompts import text_features
@@ -630,8 +631,6 @@ class Detector(ABC):
             DataError: files that are not a saved detector.
             UsageError: a backbone with another fingerprint, or a detector of another class.
         """
-        from ood_core.detectors import detector_class
-
         path = _local_folder(folder)
         config, tensors = _read_saved(path)
         kind = detector_class(config["detector"])

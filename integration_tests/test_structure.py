@@ -1,0 +1,86 @@
+"""The structure of the packages: what imports what."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [ROOT / "shared/src", *sorted(ROOT.glob("packages/*/src"))]
+
+
+def files():
+    """Dotted name -> file of every module."""
+    found = {}
+    for source in SOURCES:
+        for file in source.rglob("*.py"):
+            parts = file.relative_to(source).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+FILES = files()
+
+
+def imported(module):
+    """Modules of ours that a module imports anywhere, for more than its annotations."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    annotations = {id(inner) for node in typing for one in node.body for inner in ast.walk(one)}
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in annotations:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{one.name}" for one in node.names}
+    return {known for name in names if (known := nearest(name)) not in (None, module)}
+
+
+def nearest(name):
+    while name and name not in FILES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+GRAPH = {module: imported(module) for module in FILES}
+
+
+def circle_from(start):
+    """A way from a module back to it, if there is one."""
+    ways, seen = [[start]], set()
+    while ways:
+        way = ways.pop()
+        for following in GRAPH[way[-1]]:
+            if following == start:
+                return [*way, start]
+            if following not in seen:
+                seen.add(following)
+                ways.append([*way, following])
+    return None
+
+
+def test_the_graph_is_read():
+    assert "ood_core.errors" in GRAPH["ood_core.registry"]
+    assert "ood_core.detectors.base" in GRAPH["ood_core.fusion"]
+    assert len(FILES) > 100
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_nothing_is_imported_in_a_circle(module):
+    way = circle_from(module)
+    assert way is None, " -> ".join(way)
+
+
+def test_the_core_imports_no_method():
+    core = {module: others for module, others in GRAPH.items() if module.startswith("ood_core")}
+    assert not {(one, other) for one, others in core.items() for other in others if other not in core}
+
+
+def test_methods_do_not_import_each_other():
+    def package(module):
+        return module.partition(".")[0]
+
+    pairs = {(package(one), package(other)) for one in GRAPH for other in GRAPH[one]}
+    assert {pair for pair in pairs if pair[0] != pair[1]} <= {(name, "ood_core") for name in map(package, FILES)}
