@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ood_core import create_backbone, list_detectors
-from ood_core._files import write_json
+from ood_core.files import write_json
 from tiny_imagenet_100 import OTHERS, run
 
 RESULT = Path(__file__).parent / "results" / "bfloat16.json"

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from memory import added_at_peak, in_own_process
-from ood_core._files import write_json
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_mofe import StackedExperts
 from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.dispatch.torch import class_token

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from ood_core import create_backbone, extract
-from ood_core._files import write_json
 from ood_core.data import ImageFolder, scenes
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "extraction.json"
 

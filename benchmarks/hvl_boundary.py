@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ood_core import create_backbone, create_detector, extract
-from ood_core._files import write_json
 from ood_core.data import scenes
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_hvl.model import background
 from PIL import Image
 from torch import Tensor

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from memory import added_at_peak
 from ood_core import create_backbone
-from ood_core._files import write_json
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_hvl.model import HVLModel
 from ood_hvl.pyramid import tiles_per_image, with_pyramid
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ood_core import create_backbone, create_detector, evaluate, extract
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.zero_shot import default_k
+from ood_core.files import write_json
 from ood_core.metrics import auroc
 from ood_core.prompts import text_features
 from ood_core.scores import ScoreTable

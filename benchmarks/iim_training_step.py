@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from memory import added_at_peak
 from ood_core import create_backbone
-from ood_core._files import write_json
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_core.prompts import imagenet_names
 from ood_iim.learner import PromptLearner
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ood_core import FeatureSet, create_backbone, create_detector, evaluate
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_core.protocols import find_protocol
 from ood_core.runs import UsedImages, kept_runs, recipe
 from ood_mofe.functional import wordnet_groups

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from memory import added_at_peak, in_own_process
 from ood_core import create_backbone
-from ood_core._files import write_json
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_mofe.model import MoFENetwork
 from ood_mofe.training import Objective
 from timing import medians

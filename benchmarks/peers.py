@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from memory import added_at_peak, in_own_process
 from ood_core import functional
-from ood_core._files import write_json
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_core.metrics import evaluate_scores
 from pytorch_ood.detector import GEN, KNN, EnergyBased
 from pytorch_ood.metrics import OODMetrics

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from ood_core import FeatureSet, FewShot, create_backbone, create_detector, evaluate
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
 from ood_core.data.sources import ImageSource
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_setar.edit import SeTAREdit
 from ood_setar.finetune import finetune, lora
 from ood_setar.network import image_features

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from memory import added_at_peak
 from ood_core import create_backbone
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import PILImages, scenes
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_setar.functional import accept, search_loss, truncate
 from ood_setar.objective import Objective
 from ood_setar.search import RATIOS, Trials, class_prompts, load_labelled, search, visiting_order

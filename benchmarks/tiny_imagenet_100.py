@@ -23,9 +23,9 @@ from ood_core import (
     extract,
     list_detectors,
 )
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
+from ood_core.files import write_json
 from ood_core.prompts import text_features
 from ood_core.protocols import find_protocol
 

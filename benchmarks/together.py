@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 from ood_core import Fusion, create_backbone, create_detector, evaluate, list_detectors
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
 from ood_core.detectors import detector_class
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment, fit_detectors
+from ood_core.files import write_json
 from ood_core.protocols import Protocol, find_protocol
 
 RESULT = Path(__file__).parent / "results" / "together.json"

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from memory import added_at_peak, in_own_process
-from ood_core._files import write_json
 from ood_core.evaluation import environment
+from ood_core.files import write_json
 from ood_core.ops import topk_patch_softmax
 from torch import Tensor
 

@@ -34,9 +34,9 @@ import timm.optim.muon
 import torch
 import torch.nn.functional as F
 from ood_core import create_backbone
-from ood_core._files import write_atomically, write_json
 from ood_core.backbones import _resolve_dtype
 from ood_core.data import scenes
+from ood_core.files import write_atomically, write_json
 from ood_core.tiny import ByteTokenizer, ResidualStem, TinyConfig, build_model, load_model
 from ood_core.tiny.model import MEAN, STD
 from PIL import Image

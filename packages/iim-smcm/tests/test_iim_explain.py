@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from ood_core import _panels, create_backbone, create_detector, extract
+from ood_core import create_backbone, create_detector, extract
 from ood_core.data import scenes
 from ood_core.errors import NotFittedError, UsageError
+from ood_core.pictures import panels
 from ood_iim.detectors import IIM, SMCM
 from ood_iim.explain import explain
 from PIL import Image
@@ -135,13 +136,13 @@ def test_the_picture_shows_patches_classes_and_maps(smcm, images, tmp_path):
     for patches, color in ((found.positive_patches, "#0072b2"), (found.ood_patches, "#d55e00")):
         row, column = divmod(patches[0], 8)
         edge = (20 + 340 + 40 * column + 2, 80 + 40 * row + 2)
-        assert picture.getpixel(edge) == tuple(_panels.rgb(color))
+        assert picture.getpixel(edge) == tuple(panels.rgb(color))
     commonest = int(found.best_class.flatten().mode().values)
     row, column = np.argwhere(found.best_class.numpy() == commonest)[0]
-    assert pixels(picture, 2, row, column) == tuple(_panels.rgb("#0072b2"))
+    assert pixels(picture, 2, row, column) == tuple(panels.rgb("#0072b2"))
     for panel, values in ((3, found.image_to_text_map), (4, found.text_to_image_map)):
         for place, color in ((values.argmax(), "#fde725"), (values.argmin(), "#440154")):
-            assert pixels(picture, panel, *divmod(int(place), 8)) == tuple(_panels.rgb(color))
+            assert pixels(picture, panel, *divmod(int(place), 8)) == tuple(panels.rgb(color))
 
 
 def test_more_than_eight_classes_share_a_line_and_long_names_fit(smcm, images):
@@ -150,12 +151,12 @@ def test_more_than_eight_classes_share_a_line_and_long_names_fit(smcm, images):
     object.__setattr__(found, "class_names", names)
     object.__setattr__(found, "best_class", (torch.arange(64) % 11).view(8, 8))
     assert found.render().height == 80 + 320 + 10 + 9 * 20 + 20
-    assert _panels.printable("été\n1") == "ete 1"
-    assert _panels.printable("熊") == "?"
+    assert panels.printable("été\n1") == "ete 1"
+    assert panels.printable("熊") == "?"
 
 
 def test_a_constant_map_has_one_colour():
-    assert (_panels.heat(np.full((2, 3), 0.25)) == _panels.rgb("#440154")).all()
+    assert (panels.heat(np.full((2, 3), 0.25)) == panels.rgb("#440154")).all()
 
 
 def test_what_cannot_be_explained_is_refused(smcm, tiny, images, tmp_path):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ood_core import _panels, create_detector, extract
+from ood_core import create_detector, extract
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import PILImages
 from ood_core.errors import DataError, NotFittedError, UsageError
+from ood_core.pictures import panels
 from ood_mofe.detectors import MoFE
 from ood_mofe.explain import Expert, explain
 from PIL import Image
@@ -208,7 +209,7 @@ def panel(picture, number, x, y):
 
 
 def colour(name):
-    return tuple(_panels.rgb(name))
+    return tuple(panels.rgb(name))
 
 
 def test_the_picture(detector, source, image, tmp_path):
@@ -219,8 +220,8 @@ def test_the_picture(detector, source, image, tmp_path):
     for place, expert in enumerate(found.experts):
         height = round(expert.probability / found.experts[0].probability * 319)
         x = round((place + 0.5) * width)
-        assert panel(picture, 1, x, 319) == colour(_panels.COLORS[place])
-        assert panel(picture, 1, x, 319 - height) == colour(_panels.COLORS[place])
+        assert panel(picture, 1, x, 319) == colour(panels.COLORS[place])
+        assert panel(picture, 1, x, 319 - height) == colour(panels.COLORS[place])
         if height < 319:
             assert panel(picture, 1, x, 318 - height) == (255, 255, 255)
     cell = 320 // 3
@@ -230,7 +231,7 @@ def test_the_picture(detector, source, image, tmp_path):
         assert np.abs(shown - np.asarray(one.image).reshape(-1, 3)).sum(1).min() < 60
     low, high = (f(*found.id_distances.tolist(), found.distance) for f in (min, max))
     x = 2 + round((found.distance - low) / (high - low) * 315)
-    assert panel(picture, 3, x, 3) == colour(_panels.COLORS[5])
+    assert panel(picture, 3, x, 3) == colour(panels.COLORS[5])
     assert found.draw(tmp_path / "why.png").is_file()
     with pytest.raises(UsageError, match=r"must end in \.png"):
         found.draw(tmp_path / "why.jpg")
@@ -242,7 +243,7 @@ def test_without_training_images_distances_are_drawn(detector, image):
     for place, one in enumerate(found.neighbours):
         top = 319 - round(one.distance / found.neighbours[-1].distance * 319)
         x = round((place + 0.5) * width)
-        assert panel(picture, 2, x, min(top + 1, 319)) == colour(_panels.COLORS[4])
+        assert panel(picture, 2, x, min(top + 1, 319)) == colour(panels.COLORS[4])
         if top > 1:
             assert panel(picture, 2, x, top - 2) == (255, 255, 255)
 

@@ -498,9 +498,9 @@ def test_an_edit_needs_no_training_images_and_is_of_one_protocol(run, root, tmp_
     edit = SeTAREdit({"visual.3.up": 0.5})
     bare = replace(protocol, train=None)
     bench = reproduce.Bench(bare, create_backbone("tiny"), tmp_path, {}, "a {}", [3], {}, edit)
-    reproduce.check(1, bench, ["mcm"])
+    reproduce.find_mistakes(1, bench, ["mcm"])
     with pytest.raises(MissingDataError, match="has no training images"):
-        reproduce.check(2, bench, ["mcm"])
+        reproduce.find_mistakes(2, bench, ["mcm"])
 
 
 @pytest.mark.parametrize(
@@ -596,9 +596,9 @@ def test_a_classifier_is_judged_on_its_own_classes(model, make, root, tmp_path, 
     bench, other = (
         reproduce.Bench(one, backbone, tmp_path, params, "a photo of a {}", [3], loading) for one in (imagenet, voc)
     )
-    reproduce.check(2, bench, scores)
+    reproduce.find_mistakes(2, bench, scores)
     with pytest.raises(UsageError, match="tells 4 classes apart, setar-voc has 14"):
-        reproduce.check(2, other, scores)
+        reproduce.find_mistakes(2, other, scores)
     rows = reproduce.reproduce(2, bench, scores, {})["rows"]
     assert [(row["score"], row["method"]) for row in rows if row["origin"] == "ours"][::2] == [
         (score, method) for score in scores for method in ("LoRA", "SeTAR+FT")

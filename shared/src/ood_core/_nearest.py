@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ood_core import _check
+from ood_core import check
 from ood_core._devices import cpu_has_bfloat16
 
 __all__ = ["distance_to_kth"]
@@ -95,7 +95,7 @@ def _sorted_by_cosine(queries: Tensor, bank: Tensor, entries: Tensor, k: int) ->
 
 def _chunks(bank: Tensor, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(bank), _ROWS):
-        (chunk,) = _check.tensors(bank=(bank[start : start + _ROWS].to(like), "K d"))
+        (chunk,) = check.tensors(bank=(bank[start : start + _ROWS].to(like), "K d"))
         yield start, chunk
 
 

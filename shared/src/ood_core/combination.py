@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ood_core import _check
+from ood_core import check
 
 __all__ = ["cauchy", "fisher", "log_p_correlation", "robust_z_score", "weighted_mean", "z_score"]
 
@@ -168,7 +168,7 @@ def cauchy(p_values: Tensor, *, weights: Tensor | None = None) -> Tensor:
 
 
 def _values_and_weights(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    values, weights = _check.tensors(values=(values, "M N"), weights=(weights, "M"))
+    values, weights = check.tensors(values=(values, "M N"), weights=(weights, "M"))
     weights = torch.ones(len(values)) if weights is None else weights
     if not (weights >= 0).all() or not weights.sum() > 0:
         raise ValueError(f"weights={weights.tolist()} must not be negative, nor all 0.")

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ood_core._files import write_json
 from ood_core.backbones.base import Backbone
 from ood_core.calibration import features_hash
 from ood_core.data import open_source
@@ -25,6 +24,7 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError, NotFittedError, OODError, UsageError
 from ood_core.features import FeatureSet, count_notes, stream
+from ood_core.files import write_json
 from ood_core.metrics import OODMetrics, evaluate_scores, paired_bootstrap
 from ood_core.scores import ScoreTable
 

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ood_core._files import write_atomically, write_json
 from ood_core.backbones.base import FEATURES, Backbone
 from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource, short_hash
 from ood_core.errors import DataError, ImageError, UsageError
+from ood_core.files import write_atomically, write_json
 
 __all__ = ["FeatureSet", "extract", "stream"]
 

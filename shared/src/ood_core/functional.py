@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ood_core import _check
+from ood_core import check
 from ood_core._nearest import distance_to_kth
 from ood_core.ops import topk_patch_softmax
 
@@ -64,7 +64,7 @@ def mcm(image: Tensor, text: Tensor, *, temperature: float = 1.0) -> Tensor:
         >>> mcm(torch.tensor([[1.0, 0.0]]), torch.eye(2)).round(decimals=4)
         tensor([0.7311])
     """
-    image, text = _check.tensors(image=(image, "N d"), text=(text, "C d"))
+    image, text = check.tensors(image=(image, "N d"), text=(text, "C d"))
     return msp(image @ text.T, temperature=temperature)
 
 
@@ -93,7 +93,7 @@ def gl_mcm(
         >>> gl_mcm(torch.eye(2)[:1], torch.eye(2)[None], torch.eye(2)).round(decimals=4)
         tensor([1.4621])
     """
-    image, local, text = _check.tensors(image=(image, "N d"), local=(local, "N P d"), text=(text, "C d"))
+    image, local, text = check.tensors(image=(image, "N d"), local=(local, "N P d"), text=(text, "C d"))
     best = topk_patch_softmax(local, text, k=1, temperature=temperature).image_to_text
     return mcm(image, text, temperature=temperature) + local_weight * best
 
@@ -133,10 +133,10 @@ def r_mcm(
         >>> r_mcm(torch.eye(2)[:1], torch.eye(2)[None], torch.eye(2), k=2).round(decimals=4)
         tensor([1.4621])
     """
-    image, local, text, negatives = _check.tensors(
+    image, local, text, negatives = check.tensors(
         image=(image, "N d"), local=(local, "N P d"), text=(text, "C d"), negatives=(negatives, "M d")
     )
-    _check.choice("form", form, ("paper", "released"))
+    check.choice("form", form, ("paper", "released"))
     if form == "released" and negatives is not None:
         matched = _released_image_to_text(local, text, negatives, k, temperature)
     else:
@@ -148,10 +148,10 @@ def _released_image_to_text(
     local: Tensor, text: Tensor, negatives: Tensor, k: int | Sequence[int], temperature: float
 ) -> Tensor:
     """Mean of the k largest softmax probabilities of exp(cosine / T) / T instead of cosine / T; of several k [N, K]."""
-    _check.positive("temperature", temperature)
+    check.positive("temperature", temperature)
     ks = [k] if isinstance(k, int) else list(k)
     for one in ks:
-        _check.integer("k", one, 1, local.shape[1] * len(text), "patches x classes")
+        check.integer("k", one, 1, local.shape[1] * len(text), "patches x classes")
     logits = (local @ torch.cat([text, negatives]).T / temperature).exp() / temperature
     probability = logits.softmax(-1)[..., : len(text)]
     best = probability.flatten(1).topk(max(ks)).values
@@ -179,8 +179,8 @@ def msp(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         >>> msp(torch.zeros(1, 4))
         tensor([0.2500])
     """
-    (logits,) = _check.tensors(logits=(logits, "N C"))
-    scaled = logits / _check.positive("temperature", temperature)
+    (logits,) = check.tensors(logits=(logits, "N C"))
+    scaled = logits / check.positive("temperature", temperature)
     top = scaled.amax(-1, keepdim=True)
     return 1 / (scaled - top).exp().sum(-1)
 
@@ -204,7 +204,7 @@ def max_logit(logits: Tensor) -> Tensor:
         >>> max_logit(torch.tensor([[1.0, 3.0]]))
         tensor([3.])
     """
-    (logits,) = _check.tensors(logits=(logits, "N C"))
+    (logits,) = check.tensors(logits=(logits, "N C"))
     return logits.amax(-1)
 
 
@@ -228,8 +228,8 @@ def energy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         >>> energy(torch.zeros(1, 2)).round(decimals=4)
         tensor([0.6931])
     """
-    (logits,) = _check.tensors(logits=(logits, "N C"))
-    return _check.positive("temperature", temperature) * torch.logsumexp(logits / temperature, -1)
+    (logits,) = check.tensors(logits=(logits, "N C"))
+    return check.positive("temperature", temperature) * torch.logsumexp(logits / temperature, -1)
 
 
 def gen(logits: Tensor, *, gamma: float = 0.1, top: int = 100) -> Tensor:
@@ -253,10 +253,10 @@ def gen(logits: Tensor, *, gamma: float = 0.1, top: int = 100) -> Tensor:
         >>> gen(torch.zeros(1, 2), gamma=0.5)
         tensor([-1.])
     """
-    (logits,) = _check.tensors(logits=(logits, "N C"))
+    (logits,) = check.tensors(logits=(logits, "N C"))
     if not 0 < gamma < 1:
         raise ValueError(f"gamma={gamma} must lie between 0 and 1.")
-    _check.integer("top", top, 1, 2**31)
+    check.integer("top", top, 1, 2**31)
     # 1 - p from the other classes' sum: near p = 1 the plain difference has no digits left.
     log_p = logits.log_softmax(-1)
     values, index = log_p.topk(min(top, logits.shape[-1]))
@@ -293,7 +293,7 @@ def gl_mcm_logits(
         >>> gl_mcm_logits(torch.zeros(1, 4), torch.zeros(1, 9, 4))
         tensor([0.5000])
     """
-    global_logits, local_logits = _check.tensors(
+    global_logits, local_logits = check.tensors(
         global_logits=(global_logits, "N C"), local_logits=(local_logits, "N P C")
     )
     best = msp(local_logits.flatten(0, 1), temperature=temperature).view(local_logits.shape[:2]).amax(-1)
@@ -324,8 +324,8 @@ def knn(queries: Tensor, bank: Tensor, *, k: int = 50) -> Tensor:
     """
     # The bank itself is checked in parts: it may be a file of many gigabytes, seen through memory.
     first = bank[:1].to(queries.device) if isinstance(bank, Tensor) and bank.dim() else bank
-    queries, _ = _check.tensors(queries=(queries, "N d"), bank=(first, "K d"))
-    _check.integer("k", k, 1, len(bank), "entries in the bank")
+    queries, _ = check.tensors(queries=(queries, "N d"), bank=(first, "K d"))
+    check.integer("k", k, 1, len(bank), "entries in the bank")
     return -distance_to_kth(queries, bank, k)
 
 
@@ -351,7 +351,7 @@ def mahalanobis(queries: Tensor, means: Tensor, precision: Tensor) -> Tensor:
         >>> mahalanobis(torch.ones(1, 2), torch.zeros(1, 2), torch.eye(2))
         tensor([-2.])
     """
-    queries, means, precision = _check.tensors(
+    queries, means, precision = check.tensors(
         queries=(queries, "N d"), means=(means, "C d"), precision=(precision, "d d")
     )
     projected = means @ precision
@@ -387,11 +387,11 @@ def vim(queries: Tensor, logits: Tensor, origin: Tensor, null_space: Tensor, *, 
         >>> vim(torch.eye(2)[:1], torch.zeros(1, 1), torch.zeros(2), torch.eye(2)[:, 1:], alpha=1.0)
         tensor([0.])
     """
-    queries, logits, origin, null_space = _check.tensors(
+    queries, logits, origin, null_space = check.tensors(
         queries=(queries, "N d"), logits=(logits, "N C"), origin=(origin, "d"), null_space=(null_space, "d r")
     )
     residual = ((queries - origin) @ null_space).norm(dim=-1)
-    return energy(logits) - _check.positive("alpha", alpha) * residual
+    return energy(logits) - check.positive("alpha", alpha) * residual
 
 
 # ---- bounded scores near their bound
@@ -421,7 +421,7 @@ def unsaturated(score: Tensor, log_remaining: Tensor, *, bound: float = 1.0) -> 
         >>> unsaturated(1 - log_r.exp(), log_r).round(decimals=4)
         tensor([0.6321, 1.0118, 1.1876])
     """
-    score, log_remaining = _check.tensors(score=(score, "N"), log_remaining=(log_remaining, "N"))
+    score, log_remaining = check.tensors(score=(score, "N"), log_remaining=(log_remaining, "N"))
     tail = _TAIL if bound else torch.finfo(score.dtype).tiny
     beyond = math.log(tail) - log_remaining.clamp(min=_LEAST_LOG)
     return torch.where(beyond > 0, bound - tail + tail * beyond, score)
@@ -445,8 +445,8 @@ def log_remaining(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         >>> log_remaining(torch.tensor([[0.0, 200.0, 0.0]])).round(decimals=3)
         tensor([-199.3070])
     """
-    (logits,) = _check.tensors(logits=(logits, "N C"))
-    return _log_rest_of_largest(logits / _check.positive("temperature", temperature))
+    (logits,) = check.tensors(logits=(logits, "N C"))
+    return _log_rest_of_largest(logits / check.positive("temperature", temperature))
 
 
 def _log_rest_of_largest(logits: Tensor) -> Tensor:
@@ -501,7 +501,7 @@ def unsaturated_match(
         >>> unsaturated_match(r_mcm(eye[:1], eye[None], eye, **at), eye[:1], eye[None], eye, **at)
         tensor([2.0892])
     """
-    score, image, local, text, local_text, negatives = _check.tensors(
+    score, image, local, text, local_text, negatives = check.tensors(
         score=(score, "N"),
         image=(image, "N d"),
         local=(local, "N P d"),
@@ -510,8 +510,8 @@ def unsaturated_match(
         negatives=(negatives, "M d"),
     )
     patches, classes = local.shape[1], len(text)
-    _check.integer("k", k, 1, patches * classes, "patches x classes")
-    _check.positive("temperature", temperature)
+    check.integer("k", k, 1, patches * classes, "patches x classes")
+    check.positive("temperature", temperature)
     to_image = alpha * patches / classes
     bound = 1 + local_weight * min(1, patches / k) + to_image * min(1, classes / k)
     columns = text if local_text is None else local_text

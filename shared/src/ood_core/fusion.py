@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ood_core import _check, evaluation
+from ood_core import check, evaluation
 from ood_core.backbones.base import Backbone
 from ood_core.calibration import (
     LEAST_CALIBRATION,
@@ -124,8 +124,8 @@ class Fusion(Detector):
         if len(named) < 2 or len(named) != len(members):
             raise UsageError(f"Fusion needs two or more detectors of different names, got {[*named]}.")
         self.members = named
-        self.normalize = _check.choice("normalize", _FORMER.get(normalize, normalize), NORMALIZE)
-        self.combine = _check.choice("combine", combine, COMBINE)
+        self.normalize = check.choice("normalize", _FORMER.get(normalize, normalize), NORMALIZE)
+        self.combine = check.choice("combine", combine, COMBINE)
         self.weights = None if weights is None else _checked_weights(weights, list(named), combine)
         self.labelled_ood: dict[str, Any] | None = None
         if combine in ("fisher", "cauchy") and self.normalize != "p_value":

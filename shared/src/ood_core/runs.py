@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_core._files import write_json
 from ood_core.errors import UsageError
+from ood_core.files import write_json
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ood_core._files import write_atomically
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
 from ood_core.features import FeatureSet
+from ood_core.files import write_atomically
 
 __all__ = ["NO_ROW", "ScoreTable"]
 

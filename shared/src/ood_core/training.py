@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ood_core._files import write_atomically
-from ood_core._progress import progress_bar
 from ood_core.errors import DataError, UsageError
+from ood_core.files import write_atomically
+from ood_core.progress import progress_bar
 
 __all__ = ["train"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
@@ -105,25 +105,25 @@ class HVL(TrainedDetector):
         super().__init__(**common)
         self.n = n
         why = f"an image has {4 * n * n if tiles_per_image(n) else 0} fine tiles at n={n}"
-        self.k = _check.integer("k", k, 1, 4 * n * n, why)
-        self.tau = _check.positive("tau", tau)
-        self.patch_mean = _check.choice("patch_mean", patch_mean, ("paper", "kept"))
+        self.k = check.integer("k", k, 1, 4 * n * n, why)
+        self.tau = check.positive("tau", tau)
+        self.patch_mean = check.choice("patch_mean", patch_mean, ("paper", "kept"))
         self.csf, self.lower_scales = csf, lower_scales
-        self.selection = _check.choice("selection", selection, ("gain", "background", "none"))
+        self.selection = check.choice("selection", selection, ("gain", "background", "none"))
         if not 0 <= ood_weight < math.inf:
             raise ValueError(f"ood_weight={ood_weight} must be a finite number, at least 0.")
         self.ood_weight = float(ood_weight)
-        self.adapter = _check.choice("adapter", adapter, ("shared", "per_scale"))
+        self.adapter = check.choice("adapter", adapter, ("shared", "per_scale"))
         self.normalize_v, self.normalize_t = normalize_v, normalize_t
-        self.pyramid_source = _check.choice("pyramid_source", pyramid_source, ("input", "raw"))
-        self.resize = _check.choice("resize", resize, ("crop", "squash"))
-        self.class_balance = _check.choice("class_balance", class_balance, (None, "sampler"))
-        self.views = _check.choice("views", views, (1, 2, 8))
-        self.epochs = _check.integer("epochs", epochs, 1, 2**31)
-        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
-        self.learning_rate = _check.positive("learning_rate", learning_rate)
-        self.encode_chunk = _check.integer("encode_chunk", encode_chunk, 1, 2**31)
-        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self.pyramid_source = check.choice("pyramid_source", pyramid_source, ("input", "raw"))
+        self.resize = check.choice("resize", resize, ("crop", "squash"))
+        self.class_balance = check.choice("class_balance", class_balance, (None, "sampler"))
+        self.views = check.choice("views", views, (1, 2, 8))
+        self.epochs = check.integer("epochs", epochs, 1, 2**31)
+        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
+        self.learning_rate = check.positive("learning_rate", learning_rate)
+        self.encode_chunk = check.integer("encode_chunk", encode_chunk, 1, 2**31)
+        self.seed = check.integer("seed", seed, 0, 2**31)
         self._plain: Backbone | None = None
 
     @property

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ood_core import _panels
-from ood_core._panels import Drawable, Panel
 from ood_core.data.decode import to_rgb
 from ood_core.errors import UsageError
 from ood_core.features import extract
+from ood_core.pictures import panels
+from ood_core.pictures.panels import Drawable, Panel
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
@@ -76,8 +76,8 @@ class Explanation(Drawable):
 
     def render(self) -> Image.Image:
         """Five panels side by side: image, kept tiles of both scales, classes of the fine tiles, entropy gain."""
-        panels = [_whole(self), _tiles(self, 0), _tiles(self, 1), _classes(self), _gain(self)]
-        return _panels.side_by_side(_panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), panels)
+        shown = [_whole(self), _tiles(self, 0), _tiles(self, 1), _classes(self), _gain(self)]
+        return panels.side_by_side(panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), shown)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
 # The picture. Its side is a whole number of pixels per fine tile, so that all edges fall on the same places.
 
 _SIDE = 320
-_KEPT, _MINED = _panels.COLORS[2], _panels.COLORS[5]
+_KEPT, _MINED = panels.COLORS[2], panels.COLORS[5]
 _SCALES = ("middle", "fine")
 
 
@@ -141,7 +141,7 @@ def _enlarged(found: Explanation) -> Image.Image:
 def _likeliest(found: Explanation, probabilities: Tensor) -> str:
     # Pooled probabilities may sum to less than 1: the share of tiles kept.
     value, index = probabilities.max(0)
-    return f"{_panels.printable(found.class_names[int(index)])} {100 * float(value):.0f} %"
+    return f"{panels.printable(found.class_names[int(index)])} {100 * float(value):.0f} %"
 
 
 def _whole(found: Explanation) -> Panel:
@@ -161,7 +161,7 @@ def _tiles(found: Explanation, scale: int) -> Panel:
     for row, column in places:
         box = (column * cell, row * cell, (column + 1) * cell, (row + 1) * cell)
         picture.paste(bright.crop(box), box[:2])
-    _panels.outline(picture, places, cell, _KEPT)
+    panels.outline(picture, places, cell, _KEPT)
     entropies = found.entropies[scale]
     lines = [
         (_KEPT, f"kept: {len(places)} of {kept.numel()}"),
@@ -175,12 +175,12 @@ def _tiles(found: Explanation, scale: int) -> Panel:
 
 def _classes(found: Explanation) -> Panel:
     title = "Best class of the fine tiles (number)"
-    return _panels.class_map(title, found.best_class[1].numpy(), found.class_names, _cell(found, 1))
+    return panels.class_map(title, found.best_class[1].numpy(), found.class_names, _cell(found, 1))
 
 
 def _gain(found: Explanation) -> Panel:
     title, values = "Entropy gain", found.gain.double().numpy()
-    panel = _panels.heat_map(title, values, "tile's entropy minus its parent's", _cell(found, 1))
+    panel = panels.heat_map(title, values, "tile's entropy minus its parent's", _cell(found, 1))
     places = [divmod(tile, len(found.gain)) for tile in found.pseudo_ood]
-    _panels.outline(panel.picture, places, _cell(found, 1), _MINED)
+    panels.outline(panel.picture, places, _cell(found, 1), _MINED)
     return panel._replace(lines=[*panel.lines, (_MINED, f"the {len(places)} largest: pseudo-OOD in training")])

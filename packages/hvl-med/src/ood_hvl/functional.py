@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from torch import Tensor
 
 __all__ = [
@@ -61,7 +61,7 @@ def split_pyramid(images: Tensor, n: int) -> Tensor:
         >>> split_pyramid(torch.zeros(1, 3, 8, 8), 2).shape
         torch.Size([1, 21, 3, 8, 8])
     """
-    (images,) = _check.tensors(images=(images, "B C S S"))
+    (images,) = check.tensors(images=(images, "B C S S"))
     if images.shape[1] != 3:
         raise ValueError(f"images must have 3 channels, got shape {list(images.shape)}.")
     _partitions(n)
@@ -81,7 +81,7 @@ def cut(large: Tensor, count: int) -> Tensor:
 
 
 def _partitions(n: int) -> int:
-    return _check.integer("n", n, 1, 2**15)
+    return check.integer("n", n, 1, 2**15)
 
 
 def parent_index(n: int) -> Tensor:
@@ -127,7 +127,7 @@ def adapt(v: Tensor, weight: Tensor) -> Tensor:
         >>> adapt(torch.tensor([[1.0, -2.0]]), torch.eye(2))
         tensor([[ 2., -2.]])
     """
-    v, weight = _check.tensors(v=(v, _rows_of(v, "d")), weight=(weight, "d d"))
+    v, weight = check.tensors(v=(v, _rows_of(v, "d")), weight=(weight, "d d"))
     return torch.relu(v @ weight) + v
 
 
@@ -154,7 +154,7 @@ def fuse(u0: Tensor, u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
         >>> h1[0, 0].round(decimals=4), h2[0, 0].round(decimals=4)
         (tensor([2., 2.]), tensor([3., 3.]))
     """
-    u0, u1, u2 = _check.tensors(u0=(u0, "B d"), u1=(u1, "B N1 d"), u2=(u2, "B N2 d"))
+    u0, u1, u2 = check.tensors(u0=(u0, "B d"), u1=(u1, "B N1 d"), u2=(u2, "B N2 d"))
     n = isqrt(u1.shape[1])
     if n * n != u1.shape[1] or u2.shape[1] != 4 * n * n:
         raise ValueError(f"u1 and u2 must hold n^2 and 4 n^2 tiles per image, got {u1.shape[1]} and {u2.shape[1]}.")
@@ -187,7 +187,7 @@ def entropy(p: Tensor) -> Tensor:
         >>> entropy(torch.tensor([[0.5, 0.5], [0.0, 1.0]])).round(decimals=4).abs()
         tensor([0.6931, 0.0000])
     """
-    (p,) = _check.tensors(p=(p, _rows_of(p, "C")))
+    (p,) = check.tensors(p=(p, _rows_of(p, "C")))
     _check_probabilities(p=p)
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
@@ -238,9 +238,9 @@ def patch_log_probabilities(h: Tensor, text: Tensor, *, tau: float) -> Tensor:
 
 
 def _patch_logits(h: Tensor, text: Tensor, tau: float) -> Tensor:
-    h, text = _check.tensors(h=(h, _rows_of(h, "d")), text=(text, "C d"))
+    h, text = check.tensors(h=(h, _rows_of(h, "d")), text=(text, "C d"))
     cosines = F.normalize(h, dim=-1) @ F.normalize(text, dim=-1).T
-    return cosines / _check.positive("tau", tau)
+    return cosines / check.positive("tau", tau)
 
 
 def keep_mask(entropy: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def keep_mask(entropy: Tensor) -> Tensor:
         >>> keep_mask(torch.tensor([[0.1, 0.2, 0.9]]))
         tensor([[ True,  True, False]])
     """
-    (entropy,) = _check.tensors(entropy=(entropy, "B N"))
+    (entropy,) = check.tensors(entropy=(entropy, "B N"))
     return (entropy <= entropy.mean(-1, keepdim=True) + _SLACK).detach()
 
 
@@ -289,10 +289,10 @@ def pool(p: Tensor, keep: Tensor, *, mean: str = "paper") -> Tensor:
         >>> pool(p, keep), pool(p, keep, mean="kept")
         (tensor([[0.5000, 0.0000]]), tensor([[1., 0.]]))
     """
-    (p,) = _check.tensors(p=(p, "B N C"))
+    (p,) = check.tensors(p=(p, "B N C"))
     _check_probabilities(p=p)
     keep = _check_keep(keep, p)
-    counts = keep.sum(1) if _check.choice("mean", mean, ("paper", "kept")) == "kept" else p.new_tensor(p.shape[1])
+    counts = keep.sum(1) if check.choice("mean", mean, ("paper", "kept")) == "kept" else p.new_tensor(p.shape[1])
     return (p * keep[..., None]).sum(1) / counts.view(-1, 1)
 
 
@@ -313,7 +313,7 @@ def log_pool(log_p: Tensor, keep: Tensor) -> Tensor:
         >>> log_pool(torch.log(torch.tensor([[[0.5, 0.5], [0.1, 0.9]]])), torch.tensor([[True, False]])).exp()
         tensor([[0.2500, 0.2500]])
     """
-    (log_p,) = _check.tensors(log_p=(log_p, "B N C"))
+    (log_p,) = check.tensors(log_p=(log_p, "B N C"))
     _check_logs(log_p=log_p)
     keep = _check_keep(keep, log_p)
     return log_p.masked_fill(~keep[..., None], -torch.inf).logsumexp(1) - log(log_p.shape[1])
@@ -340,8 +340,8 @@ def entropy_gain(H1: Tensor, H2: Tensor, parent: Tensor) -> Tensor:
         >>> entropy_gain(torch.tensor([[0.2]]), torch.tensor([[0.2, 0.5, 0.9, 0.1]]), parent_index(1))
         tensor([[ 0.0000,  0.3000,  0.7000, -0.1000]])
     """
-    H1, H2 = _check.tensors(H1=(H1, "B N1"), H2=(H2, "B N2"))
-    parent = _check.labels("parent", parent, H2.shape[1], H1.shape[1])
+    H1, H2 = check.tensors(H1=(H1, "B N1"), H2=(H2, "B N2"))
+    parent = check.labels("parent", parent, H2.shape[1], H1.shape[1])
     return H2 - H1[:, parent.to(H1.device)]
 
 
@@ -368,7 +368,7 @@ def pseudo_ood(u0: Tensor, h1: Tensor, h2: Tensor, index: Tensor) -> tuple[Tenso
         >>> [q[0, 0, 0].round(decimals=4).item() for q in pseudo_ood(one[0], one, one, torch.tensor([[0]]))]
         [3.0, 2.0, 1.0]
     """
-    u0, h1, h2 = _check.tensors(u0=(u0, "B d"), h1=(h1, "B N1 d"), h2=(h2, "B N2 d"))
+    u0, h1, h2 = check.tensors(u0=(u0, "B d"), h1=(h1, "B N1 d"), h2=(h2, "B N2 d"))
     index = _check_index(index, h2)
     q2 = h2.gather(1, index[..., None].expand(-1, -1, h2.shape[-1]))
     cosines = F.normalize(q2, dim=-1) @ F.normalize(h1, dim=-1).mT  # [B, K, N1]
@@ -399,7 +399,7 @@ def id_loss(p0: Tensor, p1: Tensor, p2: Tensor, labels: Tensor) -> Tensor:
         >>> id_loss(half, half, half, torch.tensor([1]))
         tensor(2.0794)
     """
-    p0, p1, p2 = _check.tensors(p0=(p0, "B C"), p1=(p1, "B C"), p2=(p2, "B C"))
+    p0, p1, p2 = check.tensors(p0=(p0, "B C"), p1=(p1, "B C"), p2=(p2, "B C"))
     _check_probabilities(p0=p0, p1=p1, p2=p2)
     return id_loss_from_log(p0.log(), p1.log(), p2.log(), labels)
 
@@ -420,9 +420,9 @@ def id_loss_from_log(log_p0: Tensor, log_p1: Tensor, log_p2: Tensor, labels: Ten
         TypeError: not floating-point tensors or integer labels.
         ValueError: shapes that do not fit, NaN, values above 0, or labels out of range.
     """
-    logs = _check.tensors(log_p0=(log_p0, "B C"), log_p1=(log_p1, "B C"), log_p2=(log_p2, "B C"))
+    logs = check.tensors(log_p0=(log_p0, "B C"), log_p1=(log_p1, "B C"), log_p2=(log_p2, "B C"))
     _check_logs(**dict(zip(("log_p0", "log_p1", "log_p2"), logs, strict=True)))
-    labels = _check.labels("labels", labels, *logs[0].shape)
+    labels = check.labels("labels", labels, *logs[0].shape)
     return F.nll_loss(torch.stack(logs).sum(0), labels.to(logs[0].device))
 
 
@@ -448,7 +448,7 @@ def ood_loss(p0: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
         >>> ood_loss(half, half, half)
         tensor(-2.0794)
     """
-    p0, p1, p2 = _check.tensors(p0=(p0, "B K C"), p1=(p1, "B K C"), p2=(p2, "B K C"))
+    p0, p1, p2 = check.tensors(p0=(p0, "B K C"), p1=(p1, "B K C"), p2=(p2, "B K C"))
     return -(entropy(p0) + entropy(p1) + entropy(p2)).mean()
 
 
@@ -467,7 +467,7 @@ def ood_loss_from_log(log_p0: Tensor, log_p1: Tensor, log_p2: Tensor) -> Tensor:
         TypeError: not floating-point tensors.
         ValueError: shapes that do not fit, NaN, or values above 0.
     """
-    logs = _check.tensors(log_p0=(log_p0, "B K C"), log_p1=(log_p1, "B K C"), log_p2=(log_p2, "B K C"))
+    logs = check.tensors(log_p0=(log_p0, "B K C"), log_p1=(log_p1, "B K C"), log_p2=(log_p2, "B K C"))
     _check_logs(**dict(zip(("log_p0", "log_p1", "log_p2"), logs, strict=True)))
     lowest = torch.finfo(logs[0].dtype).min  # 0 log 0 = 0
     return torch.stack([(x.exp() * x.clamp_min(lowest)).sum(-1) for x in logs]).sum(0).mean()
@@ -495,7 +495,7 @@ def combine(p0: Tensor, p1: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]
         >>> combine(one, one, one)
         (tensor([[0.2500, 0.7500]]), tensor([0.7500]), tensor([1]))
     """
-    p0, p1, p2 = _check.tensors(p0=(p0, "B C"), p1=(p1, "B C"), p2=(p2, "B C"))
+    p0, p1, p2 = check.tensors(p0=(p0, "B C"), p1=(p1, "B C"), p2=(p2, "B C"))
     _check_probabilities(p0=p0, p1=p1, p2=p2)
     mean = (p0 + p1 + p2) / 3
     score, prediction = mean.max(-1)

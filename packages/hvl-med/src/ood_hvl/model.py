@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from torch import Tensor, nn
 
 from ood_hvl.functional import (
@@ -101,11 +101,11 @@ class HVLModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tau, self.csf, self.normalize = _check.positive("tau", tau), csf, normalize
-        self.selection = _check.choice("selection", selection, ("gain", "background", "none"))
-        self.lower_scales, self.k = lower_scales, _check.integer("k", k, 1, 2**31)
+        self.tau, self.csf, self.normalize = check.positive("tau", tau), csf, normalize
+        self.selection = check.choice("selection", selection, ("gain", "background", "none"))
+        self.lower_scales, self.k = lower_scales, check.integer("k", k, 1, 2**31)
         classes, width = text.shape
-        count = 3 if _check.choice("adapter", adapter, ("shared", "per_scale")) == "per_scale" else 1
+        count = 3 if check.choice("adapter", adapter, ("shared", "per_scale")) == "per_scale" else 1
         # Not 0, where the gradient of relu(v W) would be 0 for ever; small, so that training starts at CLIP itself.
         start = torch.randn(count, width, width, generator=torch.Generator().manual_seed(seed)) * 0.1 / width**0.5
         self.adapter = nn.Parameter(start)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError
@@ -28,7 +28,7 @@ def tiles_per_image(n: int) -> int:
         >>> tiles_per_image(2)
         21
     """
-    return 1 + 5 * _check.integer("n", n, 1, 2**10) ** 2
+    return 1 + 5 * check.integer("n", n, 1, 2**10) ** 2
 
 
 def with_pyramid(
@@ -66,9 +66,9 @@ def with_pyramid(
         torch.Size([100, 21, 192])
     """
     tiles_per_image(n)
-    _check.choice("source", source, ("input", "raw"))
-    _check.choice("resize", resize, ("crop", "squash"))
-    _check.integer("chunk", chunk, 1, 2**31)
+    check.choice("source", source, ("input", "raw"))
+    check.choice("resize", resize, ("crop", "squash"))
+    check.integer("chunk", chunk, 1, 2**31)
     if backbone.transform.crop[0] != backbone.transform.crop[1]:
         raise UsageError(
             f"Backbone {backbone.spec!r} reads {backbone.transform.crop} pixels: tiles must be square, so use a "

@@ -250,7 +250,7 @@ def _own_k(detector: IIM, backbone: Any) -> int:
 
 def _reproduce_prototypes(args: argparse.Namespace) -> None:
     """Fig. 3: numbers, and a picture where matplotlib is installed."""
-    from ood_core._files import write_json
+    from ood_core.files import write_json
     from ood_core.prompts import read_class_names
 
     from ood_iim.plot import draw_prototypes

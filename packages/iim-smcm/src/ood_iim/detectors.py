@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
-from ood_core import _check
+from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
 from ood_core.data.augment import LiveViews, Views
@@ -53,8 +53,8 @@ class SMCM(ZeroShot):
 
     def __init__(self, *, k: int | None = None, temperature: float = 1.0, alpha: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
-        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
-        self.temperature = _check.positive("temperature", temperature)
+        self.k = k if k is None else check.integer("k", k, 1, 2**31)
+        self.temperature = check.positive("temperature", temperature)
         self.alpha = functional.check_factor("alpha", alpha)
 
     @property
@@ -104,7 +104,7 @@ class Components(NamedTuple):
         Raises:
             ValueError: `k` is not among the `ks`.
         """
-        _check.choice("k", k, self.ks)
+        check.choice("k", k, self.ks)
         at = self.ks.index(k)
         found = {"mcm": self.mcm}
         if 1 in self.ks:
@@ -205,37 +205,37 @@ class IIM(TrainedDetector):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
-        self.temperature = _check.positive("temperature", temperature)
+        self.k = k if k is None else check.integer("k", k, 1, 2**31)
+        self.temperature = check.positive("temperature", temperature)
         self.alpha = functional.check_factor("alpha", alpha)
-        self.negatives = _check.choice("negatives", negatives, ("use", "ignore"))
-        self.form = _check.choice("form", form, ("paper", "released"))
-        self.train_k = train_k if train_k is None else _check.integer("train_k", train_k, 1, 2**31)
+        self.negatives = check.choice("negatives", negatives, ("use", "ignore"))
+        self.form = check.choice("form", form, ("paper", "released"))
+        self.train_k = train_k if train_k is None else check.integer("train_k", train_k, 1, 2**31)
         self.train_temperature = (
-            train_temperature if train_temperature is None else _check.positive("train_temperature", train_temperature)
+            train_temperature if train_temperature is None else check.positive("train_temperature", train_temperature)
         )
-        self.loss_form = _check.choice("loss_form", loss_form, ("paper", "released"))
-        self.region = _check.choice("region", region, ("next", "all"))
+        self.loss_form = check.choice("loss_form", loss_form, ("paper", "released"))
+        self.region = check.choice("region", region, ("next", "all"))
         self.hard_negative_mining = hard_negative_mining
         self.lambda_neg = functional.check_factor("lambda_neg", lambda_neg)
         self.lambda_div = functional.check_factor("lambda_div", lambda_div)
-        self.negative_prompts = _check.integer("negative_prompts", negative_prompts, 0, 2**31)
-        self.context_length = _check.integer("context_length", context_length, 1, 2**31)
+        self.negative_prompts = check.integer("negative_prompts", negative_prompts, 0, 2**31)
+        self.context_length = check.integer("context_length", context_length, 1, 2**31)
         self.shared_context, self.context_init = shared_context, context_init
         self.train_text_projection = train_text_projection
-        self.epochs = _check.integer("epochs", epochs, 1, 2**31)
-        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
-        self.learning_rate = _check.positive("learning_rate", learning_rate)
+        self.epochs = check.integer("epochs", epochs, 1, 2**31)
+        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
+        self.learning_rate = check.positive("learning_rate", learning_rate)
         self.momentum = functional.check_factor("momentum", momentum)
         self.weight_decay = functional.check_factor("weight_decay", weight_decay)
-        self.views = _check.integer("views", views, 0, 2**31)
-        self.crop_scale = _check.positive("crop_scale", crop_scale)
+        self.views = check.integer("views", views, 0, 2**31)
+        self.crop_scale = check.positive("crop_scale", crop_scale)
         if self.crop_scale > 1:
             raise ValueError(f"crop_scale={crop_scale} must be at most 1, the whole image.")
         if max_prompt_batch is not None:
-            _check.integer("max_prompt_batch", max_prompt_batch, 1, 2**31)
+            check.integer("max_prompt_batch", max_prompt_batch, 1, 2**31)
         self.max_prompt_batch = max_prompt_batch
-        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self.seed = check.integer("seed", seed, 0, 2**31)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -330,7 +330,7 @@ class IIM(TrainedDetector):
     def _training_k(self, patches: int) -> int:
         """Positive patches per class."""
         most, why = self._most_training_k(patches)
-        return _check.integer("train_k", default_k(self.train_k, patches), 1, most, why)
+        return check.integer("train_k", default_k(self.train_k, patches), 1, most, why)
 
     def _most_training_k(self, patches: int) -> tuple[int, str]:
         """How many they can be, and why: the negative loss needs as many, or one at least, behind them."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from ood_core import _panels
-from ood_core._panels import Drawable, Panel
 from ood_core.data.decode import to_rgb
 from ood_core.detectors.zero_shot import default_k
 from ood_core.errors import UsageError
 from ood_core.features import extract
 from ood_core.functional import mcm
+from ood_core.pictures import panels
+from ood_core.pictures.panels import Drawable, Panel
 from PIL import Image
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class Explanation(Drawable):
 
         The maps are scaled from their own minimum (dark) to their own maximum (light).
         """
-        return _panels.side_by_side(
+        return panels.side_by_side(
             _headline(self), [_picture(self), _mined_patches(self), _best_classes(self), *_maps(self)]
         )
 
@@ -183,7 +183,7 @@ def _mean_of_largest(values: Tensor, count: int) -> float:
 # The picture. Panels are a whole number of pixels per patch, so that all edges fall on the same places.
 
 _SIDE = 320
-_POSITIVE, _OOD = _panels.COLORS[0], _panels.COLORS[5]
+_POSITIVE, _OOD = panels.COLORS[0], panels.COLORS[5]
 
 
 def _cell(found: Explanation) -> int:
@@ -191,7 +191,7 @@ def _cell(found: Explanation) -> int:
 
 
 def _headline(found: Explanation) -> str:
-    return _panels.verdict(found.is_ood, found.score, found.threshold, found.predicted)
+    return panels.verdict(found.is_ood, found.score, found.threshold, found.predicted)
 
 
 def _picture(found: Explanation) -> Panel:
@@ -213,8 +213,8 @@ def _enlarged(found: Explanation) -> Image.Image:
 def _mined_patches(found: Explanation) -> Panel:
     picture, columns = _enlarged(found), found.best_class.shape[1]
     for patches, color in ((found.positive_patches, _POSITIVE), (found.ood_patches, _OOD)):
-        _panels.outline(picture, [divmod(patch, columns) for patch in patches], _cell(found), color)
-    name = _panels.printable(found.predicted)
+        panels.outline(picture, [divmod(patch, columns) for patch in patches], _cell(found), color)
+    name = panels.printable(found.predicted)
     lines = [
         (_POSITIVE, f"positive: the {len(found.positive_patches)} most like {name}"),
         (_OOD, f"OOD: the next {len(found.ood_patches)}"),
@@ -224,7 +224,7 @@ def _mined_patches(found: Explanation) -> Panel:
 
 def _best_classes(found: Explanation) -> Panel:
     classes = found.best_class.numpy()
-    return _panels.class_map("Best class (number of patches)", classes, found.class_names, _cell(found))
+    return panels.class_map("Best class (number of patches)", classes, found.class_names, _cell(found))
 
 
 def _maps(found: Explanation) -> list[Panel]:
@@ -233,4 +233,4 @@ def _maps(found: Explanation) -> list[Panel]:
         ("Image to text", found.image_to_text_map, f"largest softmax over {among}"),
         ("Text to image", found.text_to_image_map, "largest softmax over patches"),
     ]
-    return [_panels.heat_map(title, values.numpy(), about, _cell(found)) for title, values, about in maps]
+    return [panels.heat_map(title, values.numpy(), about, _cell(found)) for title, values, about in maps]

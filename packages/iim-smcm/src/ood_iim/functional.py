@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from ood_core.functional import _released_image_to_text, mcm
 from ood_core.ops import topk_patch_softmax
 from torch import Tensor
@@ -57,14 +57,14 @@ def s_mcm(
         >>> s_mcm(torch.eye(2)[:1], torch.eye(2)[None], torch.eye(2), torch.eye(2), k=2).round(decimals=4)
         tensor([2.1932])
     """
-    image, local, global_text, local_text, negatives = _check.tensors(
+    image, local, global_text, local_text, negatives = check.tensors(
         image=(image, "N d"),
         local=(local, "N P d"),
         global_text=(global_text, "C d"),
         local_text=(local_text, "C d"),
         negatives=(negatives, "M d"),
     )
-    _check.choice("form", form, ("paper", "released"))
+    check.choice("form", form, ("paper", "released"))
     check_factor("alpha", alpha)
     match = topk_patch_softmax(local, local_text, negatives, k=k, temperature=temperature)
     image_to_text = match.image_to_text
@@ -101,14 +101,14 @@ def id_logits(
         >>> id_logits(torch.eye(2)[:1], torch.eye(2)[None], torch.eye(2), torch.eye(2), k=1).round(decimals=4)
         tensor([[7.3891, 2.7183]])
     """
-    image, local, global_text, local_text = _check.tensors(
+    image, local, global_text, local_text = check.tensors(
         image=(image, "N d"),
         local=(local, "N P d"),
         global_text=(global_text, "C d"),
         local_text=(local_text, "C d"),
     )
-    _check.integer("k", k, 1, local.shape[1], "patches")
-    _check.positive("temperature", temperature)
+    check.integer("k", k, 1, local.shape[1], "patches")
+    check.positive("temperature", temperature)
     best = (local @ local_text.T / temperature).topk(k, dim=1).values
     return (image @ global_text.T).exp() * best.exp().mean(1)
 
@@ -146,7 +146,7 @@ def positive_loss(
         tensor(0.6931)
     """
     classes, negatives, labels = _loss_inputs(local_logits, negative_logits, labels)
-    _check.integer("k", k, 1, classes.shape[1], "patches")
+    check.integer("k", k, 1, classes.shape[1], "patches")
     if hard_negative_mining:
         classes, negatives = (logits.topk(k, dim=1).values for logits in (classes, negatives))
     else:
@@ -194,13 +194,13 @@ def negative_loss(
         tensor(0.2877)
     """
     classes, negatives, labels = _loss_inputs(local_logits, negative_logits, labels)
-    _check.choice("form", form, ("paper", "released"))
-    _check.choice("region", region, ("next", "all"))
+    check.choice("form", form, ("paper", "released"))
+    check.choice("region", region, ("next", "all"))
     if not negatives.shape[2]:
         raise ValueError("negative_loss needs at least one negative prompt, got none: leave this loss out.")
     patches = classes.shape[1]
     most, last = (patches // 2, 2 * k) if region == "next" else (patches - 1, patches)
-    _check.integer("k", k, 1, most, f"the hard negatives are patches behind the k best of {patches}")
+    check.integer("k", k, 1, most, f"the hard negatives are patches behind the k best of {patches}")
     hard = _of_label(classes, labels).topk(last, dim=1).indices[:, k:]
     in_classes = _at(classes, hard) if form == "paper" else classes.topk(last, dim=1).values[:, k:]
     in_negatives = _at(negatives, hard)
@@ -229,7 +229,7 @@ def diversity_loss(text: Tensor, negatives: Tensor | None = None) -> Tensor:
         >>> diversity_loss(torch.eye(3), torch.ones(2, 3)).round(decimals=4)
         tensor(1.)
     """
-    text, negatives = _check.tensors(text=(text, "C d"), negatives=(negatives, "M d"))
+    text, negatives = check.tensors(text=(text, "C d"), negatives=(negatives, "M d"))
     parts = [_mean_pair_cosine(part) for part in (text, negatives) if part is not None]
     return sum(parts[1:], parts[0])
 
@@ -237,13 +237,13 @@ def diversity_loss(text: Tensor, negatives: Tensor | None = None) -> Tensor:
 def _loss_inputs(local_logits: Tensor, negative_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Checked logits; no negatives become [B, P, 0]."""
     if negative_logits is None or negative_logits.shape[-1:] == (0,):
-        (classes,) = _check.tensors(local_logits=(local_logits, "B P C"))
+        (classes,) = check.tensors(local_logits=(local_logits, "B P C"))
         negatives = classes[..., :0]
     else:
-        classes, negatives = _check.tensors(
+        classes, negatives = check.tensors(
             local_logits=(local_logits, "B P C"), negative_logits=(negative_logits, "B P M")
         )
-    return classes, negatives, _check.labels("labels", labels, len(classes), classes.shape[2])
+    return classes, negatives, check.labels("labels", labels, len(classes), classes.shape[2])
 
 
 def _softplus(x: Tensor) -> Tensor:

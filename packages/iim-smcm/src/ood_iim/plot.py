@@ -7,8 +7,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from ood_core._panels import COLORS
-from ood_core._plots import new_figure, save_figure
+from ood_core.pictures.panels import COLORS
+from ood_core.pictures.plots import new_figure, save_figure
 
 __all__ = ["draw_prototypes"]
 

@@ -102,7 +102,7 @@ def _members(class_names: Sequence[str], group: Tensor) -> list[list[str]]:
 
 def _write_groups(path: Path, class_names: Sequence[str], group: Tensor) -> None:
     """Numbers of equal length: `fit` takes groups in the order of their names."""
-    from ood_core._files import write_atomically
+    from ood_core.files import write_atomically
 
     digits, table = len(str(int(group.max()))), io.StringIO()
     rows = csv.writer(table, lineterminator="\n")

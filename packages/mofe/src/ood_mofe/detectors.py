@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data import open_source
@@ -167,29 +167,29 @@ class MoFE(TrainedDetector):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.scorer = _check.choice("scorer", scorer, ("knn", *_LOGIT_SCORES, *_HEAD_SCORES, *_TEXT_SCORES))
-        self.bank = _check.choice("bank", bank, ("expert", "global"))
-        self.head = _check.choice("head", head, (None, "expert", "global"))
+        self.scorer = check.choice("scorer", scorer, ("knn", *_LOGIT_SCORES, *_HEAD_SCORES, *_TEXT_SCORES))
+        self.bank = check.choice("bank", bank, ("expert", "global"))
+        self.head = check.choice("head", head, (None, "expert", "global"))
         self.texts = None if texts is None else str(texts)
-        self.classifier = _check.choice("classifier", classifier, ("linear", "text"))
-        self.grouping = _check.choice("grouping", grouping, GROUPINGS)
+        self.classifier = check.choice("classifier", classifier, ("linear", "text"))
+        self.grouping = check.choice("grouping", grouping, GROUPINGS)
         self.groups = dict(groups) if isinstance(groups, Mapping) else None if groups is None else str(groups)
         self.moe, self.group_heads, self.mixup, self.dynamic = moe, group_heads, mixup, dynamic
         self.router_norm, self.router_reads, self.gate, self.tokens = router_norm, router_reads, gate, tokens
-        self.reg = _check.choice("reg", reg, ("l2", "ls", "none"))
-        self.reg_on = _check.choice("reg_on", reg_on, ("pre_norm", "post_norm"))
+        self.reg = check.choice("reg", reg, ("l2", "ls", "none"))
+        self.reg_on = check.choice("reg_on", reg_on, ("pre_norm", "post_norm"))
         self.augment, self.cache_limit = augment, cache_limit
-        self.experts = _check.integer("experts", experts, 1, 2**31)
-        self.expert_layers = _check.integer("expert_layers", expert_layers, 1, 2**31)
-        self.unfreeze_blocks = _check.integer("unfreeze_blocks", unfreeze_blocks, 0, 2**31)
-        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
-        self.top_k = _check.integer("top_k", top_k, 1, experts)
-        self.epochs = _check.integer("epochs", epochs, 1, 2**31)
-        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
-        self.seed = _check.integer("seed", seed, 0, 2**31)
-        self.learning_rate = _check.positive("learning_rate", learning_rate)
-        self.head_learning_rate = _check.positive("head_learning_rate", head_learning_rate)
-        self.clip = _check.positive("clip", clip)
+        self.experts = check.integer("experts", experts, 1, 2**31)
+        self.expert_layers = check.integer("expert_layers", expert_layers, 1, 2**31)
+        self.unfreeze_blocks = check.integer("unfreeze_blocks", unfreeze_blocks, 0, 2**31)
+        self.k = k if k is None else check.integer("k", k, 1, 2**31)
+        self.top_k = check.integer("top_k", top_k, 1, experts)
+        self.epochs = check.integer("epochs", epochs, 1, 2**31)
+        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
+        self.seed = check.integer("seed", seed, 0, 2**31)
+        self.learning_rate = check.positive("learning_rate", learning_rate)
+        self.head_learning_rate = check.positive("head_learning_rate", head_learning_rate)
+        self.clip = check.positive("clip", clip)
         self.accuracy_weight = _factor("accuracy_weight", accuracy_weight)
         self.reg_weight = _factor("reg_weight", reg_weight)
         self.weight_decay = _factor("weight_decay", weight_decay)
@@ -592,7 +592,7 @@ def _digests(**tensors: Tensor | None) -> dict[str, str]:
 
 
 def _factor(name: str, value: float) -> float:
-    return 0.0 if value == 0 else _check.positive(name, value)
+    return 0.0 if value == 0 else check.positive(name, value)
 
 
 def _plain(backbone: Backbone) -> Backbone:

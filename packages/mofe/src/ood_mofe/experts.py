@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from ood_core.errors import UsageError
 from torch import Tensor, nn
 
@@ -101,15 +101,15 @@ class StackedExperts(nn.Module):
             "down_bias": (down_bias, "E D"),
             "scale2": (scale2, "E D"),
         }
-        for name, value in zip(letters, _check.tensors(**letters), strict=True):
+        for name, value in zip(letters, check.tensors(**letters), strict=True):
             self.register_parameter(name, None if value is None else nn.Parameter(value.detach().clone()))
         if qkv_weight.shape[1] != 3 * self.width:
             raise ValueError(f"qkv_weight has {qkv_weight.shape[1]} rows, not 3 times the width {self.width}.")
-        _check.integer("num_heads", num_heads, 1, self.width)
+        check.integer("num_heads", num_heads, 1, self.width)
         if self.width % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {self.width}.")
-        self.num_heads, self.eps = num_heads, _check.positive("eps", eps)
-        self.activation = _check.choice("activation", activation, _ACTIVATIONS)
+        self.num_heads, self.eps = num_heads, check.positive("eps", eps)
+        self.activation = check.choice("activation", activation, _ACTIVATIONS)
 
     def __len__(self) -> int:
         return len(self.norm1_weight)
@@ -130,7 +130,7 @@ class StackedExperts(nn.Module):
         Raises:
             UsageError: a block of another kind.
         """
-        _check.integer("count", count, 1, 2**31)
+        check.integer("count", count, 1, 2**31)
         parameters, options = _read_block(getattr(block, "layer", block))
         stacked = {
             name: None if value is None else value.detach().expand(count, *value.shape)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ood_core import _panels, functional
-from ood_core._panels import Drawable, Panel
+from ood_core import functional
 from ood_core.data import open_source
 from ood_core.data.decode import to_rgb
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet, extract
+from ood_core.pictures import panels
+from ood_core.pictures.panels import Drawable, Panel
 from PIL import Image
 from torch import Tensor
 
@@ -114,8 +115,8 @@ class Explanation(Drawable):
 
     def render(self) -> Image.Image:
         """Four panels side by side: image, experts, nearest training images, distances of known images."""
-        panels = [_whole(self), _experts(self), _neighbours(self), _distances(self)]
-        return _panels.side_by_side(_panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), panels)
+        shown = [_whole(self), _experts(self), _neighbours(self), _distances(self)]
+        return panels.side_by_side(panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), shown)
 
 
 @torch.no_grad()
@@ -239,36 +240,36 @@ def _check_same(detector: MoFE, train: ImageSource, nearest: list[Neighbour]) ->
 # The picture.
 
 _SIDE = 320
-_HERE, _LIMIT = _panels.COLORS[5], _panels.COLORS[0]
+_HERE, _LIMIT = panels.COLORS[5], panels.COLORS[0]
 _NAMES = 3  # classes named per expert
 
 
 def _whole(found: Explanation) -> Panel:
-    lines = [(None, f"predicted class: {_panels.printable(found.predicted)}"), (None, f"score {found.score:.4f}")]
+    lines = [(None, f"predicted class: {panels.printable(found.predicted)}"), (None, f"score {found.score:.4f}")]
     return Panel("Image as the network sees it", found.image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), lines)
 
 
 def _experts(found: Explanation) -> Panel:
     """A column per expert, at most as many as there are colours."""
-    shown = list(zip(found.experts, _panels.COLORS, strict=False))
-    picture = _panels.bars([expert.probability for expert, _ in shown], [color for _, color in shown], _SIDE)
+    shown = list(zip(found.experts, panels.COLORS, strict=False))
+    picture = panels.bars([expert.probability for expert, _ in shown], [color for _, color in shown], _SIDE)
     return Panel("Experts by the router's probability", picture, [(color, _about(expert)) for expert, color in shown])
 
 
 def _about(expert: Expert) -> str:
-    names = ", ".join(map(_panels.printable, expert.classes[:_NAMES]))
+    names = ", ".join(map(panels.printable, expert.classes[:_NAMES]))
     count = len(expert.classes)
     return f"{100 * expert.probability:.0f} %  expert {expert.number}, {count} classes: {names}"
 
 
 def _neighbours(found: Explanation) -> Panel:
     """Their pictures, or where they are not at hand their distances as columns."""
-    lines = [(None, f"{one.distance:.3f}  {_panels.printable(one.name)}") for one in found.neighbours]
+    lines = [(None, f"{one.distance:.3f}  {panels.printable(one.name)}") for one in found.neighbours]
     pictures = [one.image for one in found.neighbours if one.image is not None]
     if pictures:
-        return Panel("Nearest training images", _panels.grid(pictures, _SIDE), lines)
+        return Panel("Nearest training images", panels.grid(pictures, _SIDE), lines)
     distances = [one.distance for one in found.neighbours] or [0.0]
-    columns = _panels.bars(distances, [_panels.COLORS[4]] * len(distances), _SIDE)
+    columns = panels.bars(distances, [panels.COLORS[4]] * len(distances), _SIDE)
     return Panel("Nearest training images by distance", columns, lines)
 
 
@@ -281,7 +282,7 @@ def _distances(found: Explanation) -> Panel:
     known = found.id_distances
     if found.farther is not None:
         lines += [
-            (_panels.OTHER, f"{known[0]:.4f} to {known[-1]:.4f}: {len(known)} {found.reference}"),
+            (panels.OTHER, f"{known[0]:.4f} to {known[-1]:.4f}: {len(known)} {found.reference}"),
             (None, f"{100 * found.farther:.1f} % of them are as far or farther"),
         ]
-    return Panel("Distances of known images", _panels.histogram(known.tolist(), marks, _SIDE), lines)
+    return Panel("Distances of known images", panels.histogram(known.tolist(), marks, _SIDE), lines)

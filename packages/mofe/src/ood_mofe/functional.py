@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from ood_core.functional import unsaturated
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> expert, probability.round(decimals=4)
         (tensor([1]), tensor([[0.2689, 0.7311]]))
     """
-    x, weight = _check.tensors(x=(x, "B D"), weight=(weight, "D E"))
+    x, weight = check.tensors(x=(x, "B D"), weight=(weight, "D E"))
     logits = x @ weight
     # Of the logits, not of the probabilities, which may round to a tie.
     return logits.argmax(-1), logits.softmax(-1)
@@ -91,7 +91,7 @@ def mix_experts(results: Tensor, probability: Tensor) -> Tensor:
         >>> mix_experts(torch.tensor([[[4.0, 0.0], [0.0, 8.0]]]), torch.tensor([[0.5, 0.25]]))
         tensor([[2., 2.]])
     """
-    results, probability = _check.tensors(results=(results, "B K D"), probability=(probability, "B K"))
+    results, probability = check.tensors(results=(results, "B K D"), probability=(probability, "B K"))
     _within_unit("probability", probability)
     return _weighted(results, probability)
 
@@ -116,7 +116,7 @@ def routing_loss(logits: Tensor, expert: Tensor) -> Tensor:
         >>> routing_loss(torch.zeros(2, 4), torch.tensor([0, 3])).round(decimals=4)
         tensor(1.3863)
     """
-    (logits,) = _check.tensors(logits=(logits, "B E"))
+    (logits,) = check.tensors(logits=(logits, "B E"))
     return F.cross_entropy(logits, _indices("expert", expert, logits, logits.shape[1]))
 
 
@@ -140,7 +140,7 @@ def expert_loss(logits: Tensor, targets: Tensor) -> Tensor:
         >>> expert_loss(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([1])).round(decimals=4)
         tensor(0.6931)
     """
-    (logits,) = _check.tensors(logits=(logits, "R Q"))
+    (logits,) = check.tensors(logits=(logits, "R Q"))
     targets = _indices("targets", targets, logits, logits.shape[1])
     losses = F.cross_entropy(logits, targets, reduction="none")
     if not losses.isfinite().all():
@@ -170,13 +170,13 @@ def beta_concentration(accuracy: Tensor, *, w: float, floor: float = 0.05) -> Te
         >>> beta_concentration(torch.tensor([0.0, 0.5, 1.0]), w=0.8)
         tensor([1.0000, 0.6000, 0.2000])
     """
-    (accuracy,) = _check.tensors(accuracy=(accuracy, "C"))
+    (accuracy,) = check.tensors(accuracy=(accuracy, "C"))
     _within_unit("accuracy", accuracy)
     if isinstance(w, bool) or not isinstance(w, int | float):
         raise TypeError(f"w must be a number, got {w!r}.")
     if not 0 <= w < float("inf"):
         raise ValueError(f"w={w} must be a finite number, at least 0.")
-    return (1 - w * accuracy).clamp_min(_check.positive("floor", floor))
+    return (1 - w * accuracy).clamp_min(check.positive("floor", floor))
 
 
 def fold_lambda(lam: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def fold_lambda(lam: Tensor) -> Tensor:
         >>> fold_lambda(torch.tensor([0.25, 0.75]))
         tensor([0.7500, 0.7500])
     """
-    (lam,) = _check.tensors(lam=(lam, _letters(lam)))
+    (lam,) = check.tensors(lam=(lam, _letters(lam)))
     _within_unit("lam", lam)
     return lam.maximum(1 - lam)
 
@@ -230,7 +230,7 @@ def mixup(x: Tensor, y_one_hot: Tensor, lam: Tensor, partner: Tensor) -> tuple[T
     """
     if isinstance(y_one_hot, Tensor) and not (y_one_hot.is_floating_point() or y_one_hot.is_complex()):
         y_one_hot = y_one_hot.float()
-    x, y, lam = _check.tensors(x=(x, _letters(x, "B")), y_one_hot=(y_one_hot, "B C"), lam=(lam, "B"))
+    x, y, lam = check.tensors(x=(x, _letters(x, "B")), y_one_hot=(y_one_hot, "B C"), lam=(lam, "B"))
     _within_unit("y_one_hot", y)
     _within_unit("lam", lam)
     index = _indices("partner", partner, lam, len(lam))
@@ -270,12 +270,12 @@ def mixup_loss(
         >>> mixup_loss(torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]), torch.ones(1, 3)).round(decimals=4)
         tensor(0.7931)
     """
-    _check.choice("reg", reg, ("l2", "ls", "none"))
+    check.choice("reg", reg, ("l2", "ls", "none"))
     if reg == "l2" and features is None:
         raise ValueError("reg='l2' is of the features: pass features, or reg='ls' or reg='none'.")
     if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing!r} must be a share in [0, 1).")
-    logits, target, features = _check.tensors(
+    logits, target, features = check.tensors(
         logits=(logits, "B C"), target=(target, "B C"), features=(features if reg == "l2" else None, "B D")
     )
     _within_unit("target", target)
@@ -305,8 +305,8 @@ def norm_regulariser(features: Tensor, *, weight: float = 0.1) -> Tensor:
         >>> norm_regulariser(torch.tensor([[1.0, 3.0]]), weight=0.1)
         tensor(0.5000)
     """
-    (features,) = _check.tensors(features=(features, "B D"))
-    return (weight if weight == 0 else _check.positive("weight", weight)) * features.square().mean()
+    (features,) = check.tensors(features=(features, "B D"))
+    return (weight if weight == 0 else check.positive("weight", weight)) * features.square().mean()
 
 
 def draw_partners(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -362,7 +362,7 @@ def mos(group_logits: Sequence[Tensor]) -> Tensor:
     if isinstance(group_logits, Tensor) or not len(group_logits):
         raise ValueError("group_logits must be a list with the logits of at least one group.")
     named = {f"group_{i}": (logits, f"N Q{i}") for i, logits in enumerate(group_logits)}
-    groups = _check.tensors(**named)
+    groups = check.tensors(**named)
     if small := [i for i, logits in enumerate(groups) if logits.shape[1] < 2]:
         raise ValueError(f"Group {small[0]} has one output: it needs at least one class besides 'others'.")
     return torch.stack([-logits.softmax(-1)[:, -1] for logits in groups]).amax(0)
@@ -451,8 +451,8 @@ def unsaturated_atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: floa
 
 def _yes_and_no(image: Tensor, yes: Tensor, no: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
     """Logits of "yes", and the log-odds of "yes" against "no", [N, C] each."""
-    image, yes, no = _check.tensors(image=(image, "N d"), yes=(yes, "C d"), no=(no, "C d"))
-    scale = _check.positive("logit_scale", logit_scale)
+    image, yes, no = check.tensors(image=(image, "N d"), yes=(yes, "C d"), no=(no, "C d"))
+    scale = check.positive("logit_scale", logit_scale)
     logits = scale * image @ yes.T
     return logits, logits - scale * image @ no.T
 
@@ -471,7 +471,7 @@ def _indices(name: str, value: Any, rows: Tensor, count: int) -> Tensor:
     """Indices in [0, count), one per row, on the device of the rows."""
     if isinstance(value, Tensor) and value.device != rows.device:
         raise ValueError(f"{name} is on {value.device}, the other tensors are on {rows.device}: move it there.")
-    return _check.labels(name, value, len(rows), count)
+    return check.labels(name, value, len(rows), count)
 
 
 def _within_unit(name: str, value: Tensor) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
 import torch
-from ood_core import _check
+from ood_core import check
 from torch import Tensor
 
 __all__ = ["cluster_classes", "partition_classes", "smallest_family", "wordnet_groups"]
@@ -35,8 +35,8 @@ def partition_classes(prototypes: Tensor, initial_group: Tensor) -> Tensor:
         >>> partition_classes(torch.tensor([[0.0], [0.1], [5.0], [5.1]]), torch.tensor([0, 1, 1, 1]))
         tensor([0, 0, 1, 1])
     """
-    (prototypes,) = _check.tensors(prototypes=(prototypes, "C D"))
-    group = _check.labels("initial_group", initial_group, len(prototypes), len(prototypes)).to(prototypes.device)
+    (prototypes,) = check.tensors(prototypes=(prototypes, "C D"))
+    group = check.labels("initial_group", initial_group, len(prototypes), len(prototypes)).to(prototypes.device)
     count = int(group.max()) + 1
     if empty := sorted(set(range(count)) - set(group.tolist())):
         raise ValueError(f"initial_group has no class in group {empty[0]} of {count}: number the groups without gaps.")
@@ -72,9 +72,9 @@ def cluster_classes(prototypes: Tensor, n: int, seed: int) -> Tensor:
         >>> cluster_classes(torch.tensor([[5.0], [0.0], [5.1], [0.1]]), 2, seed=0)
         tensor([0, 1, 0, 1])
     """
-    (prototypes,) = _check.tensors(prototypes=(prototypes, "C D"))
-    _check.integer("n", n, 1, len(prototypes), "the number of classes")
-    generator = torch.Generator().manual_seed(_check.integer("seed", seed, 0, 2**63 - 1))
+    (prototypes,) = check.tensors(prototypes=(prototypes, "C D"))
+    check.integer("n", n, 1, len(prototypes), "the number of classes")
+    generator = torch.Generator().manual_seed(check.integer("seed", seed, 0, 2**63 - 1))
     x = prototypes.double().cpu()
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
     while len(chosen) < n:
@@ -113,7 +113,7 @@ def wordnet_groups(edges: Iterable[tuple[str, str]], classes: Sequence[str], n: 
         tensor([1, 0, 1])
     """
     edges, classes = _graph(edges, classes)
-    _check.integer("n", n, 1, len(classes), "the number of classes")
+    check.integer("n", n, 1, len(classes), "the number of classes")
     depth = _depths(edges)
     below = _classes_below(_single_parents(edges, depth), classes)
     groups = [frozenset(classes)]

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.errors import UsageError
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class _Heads(nn.Module):
 
     def __init__(self, group: Tensor, rows: int) -> None:
         super().__init__()
-        group = _check.labels("group", group, len(group), rows)
+        group = check.labels("group", group, len(group), rows)
         sizes = torch.bincount(group)
         if len(group) + len(sizes) != rows or not sizes.all():
             raise ValueError(
@@ -109,7 +109,7 @@ class GroupHeads(_Heads):
     """
 
     def __init__(self, group: Tensor, weight: Tensor, bias: Tensor) -> None:
-        weight, bias = _check.tensors(weight=(weight, "R D"), bias=(bias, "R"))
+        weight, bias = check.tensors(weight=(weight, "R D"), bias=(bias, "R"))
         super().__init__(group, len(weight))
         self.weight, self.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
 
@@ -164,7 +164,7 @@ class TextHead(nn.Module):
 
     def __init__(self, weight: Tensor, projection: Tensor, logit_scale: Tensor | float = CLIP_LOGIT_SCALE) -> None:
         super().__init__()
-        weight, projection = _check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
+        weight, projection = check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
         self.register_buffer("weight", weight.clone())
         self.register_buffer("projection", projection.clone())
         self.register_buffer("logit_scale", _scale(logit_scale, weight))
@@ -202,7 +202,7 @@ class TextGroupHeads(_Heads):
         others_weight: Tensor | None = None,
         logit_scale: Tensor | float = CLIP_LOGIT_SCALE,
     ) -> None:
-        weight, projection = _check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
+        weight, projection = check.tensors(weight=(weight, "C d"), projection=(projection, "D d"))
         if others_weight is None:
             others_weight = torch.stack([-weight[group == g].mean(0) for g in range(int(group.max()) + 1)])
         super().__init__(group, len(weight) + len(others_weight))
@@ -220,7 +220,7 @@ def _cosine_logits(token: Tensor, projection: Tensor, rows: Tensor, scale: Tenso
 
 
 def _scale(value: Tensor | float, like: Tensor) -> Tensor:
-    return like.new_tensor(_check.positive("logit_scale", float(value)))
+    return like.new_tensor(check.positive("logit_scale", float(value)))
 
 
 class Readout(nn.Module):
@@ -324,7 +324,7 @@ class MoFENetwork(nn.Module):
         super().__init__()
         check_ways(router_norm=router_norm, router_reads=router_reads, gate=gate, tokens=tokens, top_k=top_k)
         self.router_norm, self.router_reads, self.gate, self.tokens = router_norm, router_reads, gate, tokens
-        self.top_k = _check.integer("top_k", top_k, 1, len(experts), "the number of experts")
+        self.top_k = check.integer("top_k", top_k, 1, len(experts), "the number of experts")
         groups = int(group.max()) + 1
         if len(experts) not in (1, groups):
             raise UsageError(f"There are {len(experts)} experts for {groups} groups of classes: give one per group.")
@@ -469,7 +469,7 @@ def image_projection(backbone: Backbone, width: int) -> Tensor:
 def check_ways(*, top_k: int, gate: str, **chosen: str) -> None:
     """Refuse what no network can do: unknown words for options, or several experts per image without weights."""
     for name, value in {"gate": gate, **chosen}.items():
-        _check.choice(name, value, _WAYS[name])
+        check.choice(name, value, _WAYS[name])
     if top_k > 1 and gate == "none":
         raise UsageError(f"top_k={top_k} experts need weights: pass gate='renorm', gate='prob' or gate='literal'.")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ood_core import _check
+from ood_core import check
 from ood_core.errors import DataError, MissingDataError, UsageError
 from ood_core.prompts import imagenet_names
 from torch import Tensor
@@ -72,7 +72,7 @@ def initial_groups(
     Returns:
         The groups [C], None for clusters alone; and whether features refine them.
     """
-    _check.choice("grouping", grouping, GROUPINGS)
+    check.choice("grouping", grouping, GROUPINGS)
     if n > len(class_names):
         raise UsageError(f"{n} experts are more than the {len(class_names)} classes: pass experts={len(class_names)}.")
     if groups is not None:

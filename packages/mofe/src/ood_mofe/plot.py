@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ood_core._panels import COLORS, OTHER
-from ood_core._plots import new_figure, save_figure
+from ood_core.pictures.panels import COLORS, OTHER
+from ood_core.pictures.plots import new_figure, save_figure
 from torch import Tensor
 
 __all__ = ["draw", "draw_classes", "draw_features", "principal_plane"]

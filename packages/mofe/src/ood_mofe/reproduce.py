@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ood_core._plots import new_figure
 from ood_core.cli.common import (
     extraction_options,
     load_backbone,
@@ -21,6 +20,7 @@ from ood_core.cli.common import (
 )
 from ood_core.cli.methods import show_found
 from ood_core.errors import UsageError, unknown_name
+from ood_core.pictures.plots import new_figure
 from ood_core.protocols import find_protocol, inspect_protocol, summarise_protocol
 from ood_core.published import Beside, beside, zero_shot_beside
 from ood_core.runs import percent, study_options

@@ -149,7 +149,7 @@ def _benches(args: argparse.Namespace, names: Sequence[str], overrides: dict[str
     benches = [paper.Bench(protocol, backbone, Path(args.out), options, **common) for protocol in protocols]
     for bench in benches:
         message(f"{bench.protocol.describe()}\n{paper.describe_options(bench)}")
-        paper.check(args.table, bench, scores)
+        paper.find_mistakes(args.table, bench, scores)
     return benches, scores
 
 
@@ -264,7 +264,7 @@ def _classify(args: argparse.Namespace, backbones: Mapping[str, Backbone], sourc
 
 def save_model(backbone: Backbone, folder: Path) -> str:
     """Write a backbone's model in its library's own format; returns a sentence that says how to load it."""
-    from ood_core._files import write_atomically
+    from ood_core.files import write_atomically
     from safetensors.torch import save_file
 
     library = backbone.spec.partition(":")[0]

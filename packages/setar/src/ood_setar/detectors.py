@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ood_core import _check
+from ood_core import check
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
@@ -81,10 +81,10 @@ class SeTAR(Detector):
         self.scorer, self.kind, self.order, self.drop = scorer, kind, order, drop
         self.ratios = list(ratios)
         self.ood_weight, self.cells_k = ood_weight, cells_k
-        self.finetune_epochs = _check.integer("finetune_epochs", finetune_epochs, 0, 2**31)
-        self.learning_rate = _check.positive("learning_rate", learning_rate)
-        self.batch_size = _check.integer("batch_size", batch_size, 1, 2**31)
-        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self.finetune_epochs = check.integer("finetune_epochs", finetune_epochs, 0, 2**31)
+        self.learning_rate = check.positive("learning_rate", learning_rate)
+        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
+        self.seed = check.integer("seed", seed, 0, 2**31)
         if finetune_epochs and drop != "minor":
             raise UsageError(f"Only minor directions are trained: finetune_epochs=0 goes with drop={drop!r}.")
         self.edit: SeTAREdit | None = None

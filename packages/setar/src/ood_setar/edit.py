@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from ood_core import _check
-from ood_core._files import check_schema, json_writer, write_together
+from ood_core import check
 from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.errors import DataError, MissingDataError, OODError, UsageError
+from ood_core.files import check_schema, json_writer, write_together
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -189,7 +189,7 @@ class SeTAREdit:
             return cls(
                 ratios,
                 content["fingerprint"],
-                _check.choice("drop", content["drop"], ("minor", "principal", "random")),
+                check.choice("drop", content["drop"], ("minor", "principal", "random")),
                 content["seed"],
                 factors,
                 content["scale"],
@@ -262,7 +262,7 @@ def _row(row: Any) -> tuple[str, float]:
         tower, weight, place, ratio = row
         kind = _OURS.get(weight) or (weight if weight in _RELEASED else _OURS[weight])
         layer = [] if kind == "projection" else place if isinstance(place, list) else [place]
-        _check.choice("tower", tower, ("visual", "text"))
+        check.choice("tower", tower, ("visual", "text"))
         return ".".join([tower, *(str(operator.index(number)) for number in layer), kind]), _share(ratio)
     except (TypeError, ValueError, KeyError) as error:
         raise DataError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ood_core import _check
+from ood_core import check
 from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data import load_batches, open_source
 from ood_core.data.augment import LiveViews
@@ -126,7 +126,7 @@ def lora(backbone: Backbone, names: Sequence[str], *, rank: int = 32, alpha: flo
     factors = {}
     for name in names:
         weight = backbone.linear(name).weight
-        _check.integer("rank", rank, 1, min(weight.shape), f"{name} is {list(weight.shape)}")
+        check.integer("rank", rank, 1, min(weight.shape), f"{name} is {list(weight.shape)}")
         a = torch.empty(rank, weight.shape[1])
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=draw(seed, name))
         factors[name] = (torch.zeros(weight.shape[0], rank), a)
@@ -134,7 +134,7 @@ def lora(backbone: Backbone, names: Sequence[str], *, rank: int = 32, alpha: flo
         dict.fromkeys(names, 0.0),
         backbone.fingerprint,
         factors=factors,
-        scale=_check.positive("alpha", alpha) / rank,
+        scale=check.positive("alpha", alpha) / rank,
         record={"lora": {"rank": rank, "alpha": alpha, "seed": seed}},
     )
 
@@ -255,8 +255,8 @@ def finetune(
         adapters.learned,
         losses,
         size=len(source),
-        epochs=_check.integer("epochs", epochs, 1, 2**31),
-        batch_size=_check.integer("batch_size", batch_size, 1, 2**31),
+        epochs=check.integer("epochs", epochs, 1, 2**31),
+        batch_size=check.integer("batch_size", batch_size, 1, 2**31),
         optimizer=optimizer,
         learning_rate=lambda epoch: learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
         per_step=True,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ood_core import _check
+from ood_core import check
 from torch import Tensor
 
 __all__ = [
@@ -51,7 +51,7 @@ def dropped_rank(shape: Sequence[int], ratio: float) -> int:
     sizes = list(shape)
     if len(sizes) != 2:
         raise ValueError(f"shape must be (rows, columns), got {tuple(sizes)}.")
-    full = min(_check.integer("size", size, 1, 2**62) for size in sizes)
+    full = min(check.integer("size", size, 1, 2**62) for size in sizes)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
         raise TypeError(f"ratio must be a number, got {ratio!r}.")
     if not 0 <= ratio < 1:
@@ -86,7 +86,7 @@ def truncate(weight: Tensor, ratio: float, *, drop: str = "minor", generator: to
         tensor([3., 2., 0., 0.])
     """
     weight = _finite_matrix(weight)
-    _check.choice("drop", drop, ("minor", "principal", "random"))
+    check.choice("drop", drop, ("minor", "principal", "random"))
     rank = dropped_rank(weight.shape, ratio)
     if rank == 0:
         return weight.clone()
@@ -207,12 +207,12 @@ def loss_terms(global_logits: Tensor, local_logits: Tensor, labels: Tensor, *, k
     Raises:
         TypeError, ValueError: as `search_loss`.
     """
-    global_logits, local_logits = _check.tensors(
+    global_logits, local_logits = check.tensors(
         global_logits=(global_logits, "N C"), local_logits=(local_logits, "N P C")
     )
     count, classes = global_logits.shape
-    labels = _check.labels("labels", labels, count, classes)
-    _check.integer("k", k, 1, classes, "the number of classes")
+    labels = check.labels("labels", labels, count, classes)
+    check.integer("k", k, 1, classes, "the number of classes")
     cells = pseudo_ood_cells(local_logits, labels, k=k)
     share = local_logits[cells].softmax(-1)
     of_cells = (share * (share + 1e-5).log()).sum(-1)
@@ -300,7 +300,7 @@ def _kept(full: int, rank: int, drop: str, generator: torch.Generator | None) ->
 
 
 def _finite_matrix(weight: Tensor) -> Tensor:
-    (weight,) = _check.tensors(weight=(weight, "out in"))
+    (weight,) = check.tensors(weight=(weight, "out in"))
     if not weight.isfinite().all():
         raise ValueError(f"weight holds {int(weight.isinf().sum())} infinite values.")
     return weight

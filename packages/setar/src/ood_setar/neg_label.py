@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.zero_shot import ZeroShot
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
@@ -91,8 +91,8 @@ def _log_odds(
     image: Tensor, text: Tensor, negatives: Tensor, logit_scale: float, temperature: float, groups: int
 ) -> Tensor:
     """Of the classes against each group of negatives, [N, groups]."""
-    image, text, negatives = _check.tensors(image=(image, "N d"), text=(text, "C d"), negatives=(negatives, "M d"))
-    size = len(negatives) // _check.integer("groups", groups, 1, len(negatives), "1 to the number of negatives")
+    image, text, negatives = check.tensors(image=(image, "N d"), text=(text, "C d"), negatives=(negatives, "M d"))
+    size = len(negatives) // check.integer("groups", groups, 1, len(negatives), "1 to the number of negatives")
     scale = _scale(logit_scale, temperature, image.dtype)
     known = (scale * (image @ text.T)).logsumexp(-1, keepdim=True)
     others = scale * (image @ negatives[: groups * size].T)
@@ -100,7 +100,7 @@ def _log_odds(
 
 
 def _scale(logit_scale: float, temperature: float, dtype: torch.dtype) -> float:
-    scale = _check.positive("logit_scale", logit_scale) / _check.positive("temperature", temperature)
+    scale = check.positive("logit_scale", logit_scale) / check.positive("temperature", temperature)
     # Scores are 0, 1/2 or 1 long before; a difference of two larger products could be infinity minus infinity.
     return min(scale, torch.finfo(dtype).max / 16)
 
@@ -128,7 +128,7 @@ def select_negatives(candidates: Tensor, text: Tensor, *, share: float = 0.15, q
         >>> select_negatives(torch.eye(4), torch.eye(4)[:2], share=0.5)
         tensor([2, 3])
     """
-    candidates, text = _check.tensors(candidates=(candidates, "W d"), text=(text, "C d"))
+    candidates, text = check.tensors(candidates=(candidates, "W d"), text=(text, "C d"))
     count = _kept(len(candidates), _proportion("share", share))
     quantile = _proportion("quantile", quantile, zero=True)
     parts = candidates.split(max(1, _COSINES // len(text)))
@@ -138,7 +138,7 @@ def select_negatives(candidates: Tensor, text: Tensor, *, share: float = 0.15, q
 
 def _proportion(name: str, value: Any, *, zero: bool = False) -> float:
     if not (zero and value == 0):
-        _check.positive(name, value)
+        check.positive(name, value)
     if value > 1:
         raise ValueError(f"{name}={value} must be at most 1, which is all of them.")
     return float(value)
@@ -274,15 +274,15 @@ class NegLabel(ZeroShot):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.logit_scale = logit_scale if logit_scale is None else _check.positive("logit_scale", logit_scale)
-        self.temperature = _check.positive("temperature", temperature)
+        self.logit_scale = logit_scale if logit_scale is None else check.positive("logit_scale", logit_scale)
+        self.temperature = check.positive("temperature", temperature)
         self.share = _proportion("share", share)
-        self.groups = _check.integer("groups", groups, 1, 2**31)
+        self.groups = check.integer("groups", groups, 1, 2**31)
         self.words = words if words is None else _word_lists(words)
         _file_numbers(exclude)
         self.exclude = list(exclude)
-        self.max_words = max_words if max_words is None else _check.integer("max_words", max_words, 1, 2**31)
-        self.seed = _check.integer("seed", seed, 0, 2**31)
+        self.max_words = max_words if max_words is None else check.integer("max_words", max_words, 1, 2**31)
+        self.seed = check.integer("seed", seed, 0, 2**31)
         self.negative_words: list[str] = []
 
     @property

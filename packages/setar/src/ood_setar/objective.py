@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from ood_core import _check, metrics
+from ood_core import check, metrics
 from ood_core.functional import msp
 from torch import Tensor
 
@@ -54,11 +54,11 @@ class Objective:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check.choice("objective", self.name, OBJECTIVES)
-        _check.choice("scorer", self.scorer, SCORERS)
+        check.choice("objective", self.name, OBJECTIVES)
+        check.choice("scorer", self.scorer, SCORERS)
         check_weight(self.weight)
-        _check.integer("loss_batch", self.batch, 1, 2**62)
-        _check.positive("temperature", self.temperature)
+        check.integer("loss_batch", self.batch, 1, 2**62)
+        check.positive("temperature", self.temperature)
 
     def terms(self, global_logits: Tensor, local_logits: Tensor, labels: Tensor) -> Terms:
         """What is needed of a chunk of images."""

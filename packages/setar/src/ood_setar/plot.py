@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ood_core._plots import new_figure, save_figure
+from ood_core.pictures.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from ood_setar.edit import SeTAREdit

@@ -14,10 +14,10 @@ __all__ = [
     "Bench",
     "Model",
     "architecture",
-    "check",
     "default_scores",
     "describe_options",
     "find",
+    "find_mistakes",
     "lines",
     "preset",
     "published_rows",
@@ -34,7 +34,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from ood_core import _check
+from ood_core import check
 from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data.sources import ImageSource
 from ood_core.detectors import detector_class
@@ -580,7 +580,7 @@ def find(names: Iterable[str], root: str, *, skip: bool, say: Callable[[str], No
     return found
 
 
-def check(number: int, bench: Bench, scores: Sequence[str]) -> None:
+def find_mistakes(number: int, bench: Bench, scores: Sequence[str]) -> None:
     """Find mistakes before hours are spent.
 
     Raises:
@@ -679,7 +679,7 @@ def _fixed(score: str) -> tuple[str, dict[str, Any]]:
     if not at:
         return name, {}
     try:
-        value = _check.positive("temperature", float(temperature))
+        value = check.positive("temperature", float(temperature))
     except ValueError as error:
         raise UsageError(f"Score {score!r}: behind the @ stands a temperature above 0, as in 'gl_mcm@100'.") from error
     if "temperature" not in known:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ood_core import _check
-from ood_core._files import write_atomically
-from ood_core._progress import progress_bar
+from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import match_labels
 from ood_core.errors import DataError, UsageError, unknown_name
+from ood_core.files import write_atomically
 from ood_core.labels import check_class_names
+from ood_core.progress import progress_bar
 from ood_core.prompts import fill, resolve_templates
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def search(
     order = order or ("visual_text" if "prompts" in backbone.capabilities else "visual_only")
     names = visiting_order(backbone.linears(), kind=kind, order=order, include_projection=include_projection)
     _check_weights(backbone, names, candidates)
-    _check.choice("drop", drop, ("minor", "principal", "random"))
+    check.choice("drop", drop, ("minor", "principal", "random"))
     data = load_labelled(backbone, images, class_names, batch_size=batch_size, on_error=on_error, workers=workers)
     if temperature is None:
         temperature = backbone.logit_scale if "prompts" in backbone.capabilities else 1.0
@@ -243,8 +243,8 @@ def visiting_order(
         >>> visiting_order(["visual.0.up", "visual.1.up", "text.0.up"])
         ['visual.1.up', 'visual.0.up', 'text.0.up']
     """
-    _check.choice("kind", kind, KINDS)
-    _check.choice("order", order, ORDERS)
+    check.choice("kind", kind, KINDS)
+    check.choice("order", order, ORDERS)
     towers = {"visual_only": ["visual"], "text_only": ["text"], "text_visual": ["text", "visual"]}
     found = []
     for tower in towers.get(order, ["visual", "text"]):
@@ -358,7 +358,7 @@ def default_cells_k(k: int | None, classes: int) -> int:
     Raises:
         ValueError: more than the classes; as many leave no pseudo-OOD cell, which is warned of.
     """
-    k = max(1, round(0.3 * classes)) if k is None else _check.integer("k", k, 1, classes, "the number of classes")
+    k = max(1, round(0.3 * classes)) if k is None else check.integer("k", k, 1, classes, "the number of classes")
     if k == classes:
         log.warning("k=%d is the number of classes: no cell is pseudo-OOD, so the loss is the cross-entropy alone.", k)
     return k

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ood_core._files import check_schema
 from ood_core.cli.common import (
     build_detectors,
     check_folder,
@@ -27,6 +26,7 @@ from ood_core.cli.common import (
     save_detectors,
 )
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
+from ood_core.files import check_schema
 
 
 def demo(args: argparse.Namespace) -> None:

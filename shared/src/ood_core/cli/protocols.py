@@ -194,7 +194,7 @@ def _to_fit(detectors: Mapping[str, Detector]) -> bool:
 
 def _evaluate_all(args: argparse.Namespace, tasks: Sequence[Protocol]) -> None:
     """Judge on every task, each with a folder of its own, and show the means over the tasks."""
-    from ood_core._files import write_json
+    from ood_core.files import write_json
 
     results = {task.name: _evaluate(args, task, Path(args.out) / task.name).results for task in tasks}
     means = _means(list(results.values()))

@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from ood_core._files import write_json
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, MissingDataError, UsageError
+from ood_core.files import write_json
 
 
 class FewShot(ImageSource):

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ood_core import labels as by_name
-from ood_core._files import check_schema, json_writer, write_together
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import FEATURES, Backbone
 from ood_core.backbones.specs import located, lost_paths, relative_to
@@ -31,6 +30,7 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors import detector_class
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, unknown_name
 from ood_core.features import FeatureSet, content_keys, stream
+from ood_core.files import check_schema, json_writer, write_together
 from ood_core.prompts import text_features
 
 __all__ = ["Detector", "Scorable", "match_labels"]

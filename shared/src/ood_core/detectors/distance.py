@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.detectors.base import Detector
 from ood_core.detectors.logits import LogitDetector
 from ood_core.errors import DataError, UsageError
@@ -38,7 +38,7 @@ class KNN(Detector):
 
     def __init__(self, *, k: int | None = None, **common: Any) -> None:
         super().__init__(**common)
-        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
+        self.k = k if k is None else check.integer("k", k, 1, 2**31)
 
     def _fit(self, features: FeatureSet) -> None:
         k = self.k or min(50, _median_class_size(features))
@@ -124,7 +124,7 @@ class ViM(LogitDetector):
         super().__init__(head=head, probe_c=probe_c, **common)
         if head == "classifier":
             raise UsageError("'vim' needs the head's weights: use head='zero_shot' or head='probe'.")
-        self.dimension = dimension if dimension is None else _check.integer("dimension", dimension, 1, 2**31)
+        self.dimension = dimension if dimension is None else check.integer("dimension", dimension, 1, 2**31)
 
     @property
     def fitted(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.detectors.base import Detector
 from ood_core.detectors.logits import check_trainable, unsaturated_msp
 from ood_core.features import FeatureSet
@@ -54,9 +54,9 @@ class LinearProbe(Detector):
 
     def __init__(self, *, scorer: str = "msp", l2: float | None = None, seed: int = 0, **common: Any) -> None:
         super().__init__(**common)
-        self.scorer = _check.choice("scorer", scorer, tuple(_SCORERS))
-        self.l2 = l2 if l2 is None else _check.positive("l2", l2)
-        self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
+        self.scorer = check.choice("scorer", scorer, tuple(_SCORERS))
+        self.l2 = l2 if l2 is None else check.positive("l2", l2)
+        self.seed = check.integer("seed", seed, 0, 2**63 - 1)
 
     def _fit(self, features: FeatureSet) -> None:
         x, labels = features.image.double(), self._class_labels(features)
@@ -117,9 +117,9 @@ def fit_logistic(
     """
     from scipy.optimize import minimize
 
-    (x,) = _check.tensors(x=(x, "N d"))
-    x, labels = x.double(), _check.labels("labels", labels, len(x), classes).to(x.device)
-    _check.positive("l2", l2)
+    (x,) = check.tensors(x=(x, "N d"))
+    x, labels = x.double(), check.labels("labels", labels, len(x), classes).to(x.device)
+    check.positive("l2", l2)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = _loss_and_gradient(_unflatten(flat, classes, x), x, labels, l2)

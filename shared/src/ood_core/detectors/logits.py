@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError
@@ -53,8 +53,8 @@ class LogitDetector(Detector):
 
     def __init__(self, *, head: str = "auto", probe_c: float = 10.0, **common: Any) -> None:
         super().__init__(**common)
-        self.head = _check.choice("head", head, _HEADS)
-        self.probe_c = _check.positive("probe_c", probe_c)
+        self.head = check.choice("head", head, _HEADS)
+        self.probe_c = check.positive("probe_c", probe_c)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -125,7 +125,7 @@ class MSP(LogitDetector):
 
     def __init__(self, *, temperature: float = 1.0, head: str = "auto", probe_c: float = 10.0, **common: Any) -> None:
         super().__init__(head=head, probe_c=probe_c, **common)
-        self.temperature = _check.positive("temperature", temperature)
+        self.temperature = check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
         return unsaturated_msp(self.logits(features), temperature=self.temperature)
@@ -154,7 +154,7 @@ class Energy(LogitDetector):
 
     def __init__(self, *, temperature: float = 1.0, head: str = "auto", probe_c: float = 10.0, **common: Any) -> None:
         super().__init__(head=head, probe_c=probe_c, **common)
-        self.temperature = _check.positive("temperature", temperature)
+        self.temperature = check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
         return functional.energy(self.logits(features), temperature=self.temperature)
@@ -178,7 +178,7 @@ class GEN(LogitDetector):
         self, *, gamma: float = 0.1, top: int = 100, head: str = "auto", probe_c: float = 10.0, **common: Any
     ) -> None:
         super().__init__(head=head, probe_c=probe_c, **common)
-        self.gamma, self.top = gamma, _check.integer("top", top, 1, 2**31)
+        self.gamma, self.top = gamma, check.integer("top", top, 1, 2**31)
 
     def _score(self, features: FeatureSet) -> Tensor:
         return functional.gen(self.logits(features), gamma=self.gamma, top=self.top)

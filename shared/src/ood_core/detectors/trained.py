@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ood_core._files import json_writer
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
+from ood_core.files import json_writer
 
 __all__ = ["TrainedDetector"]
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ood_core import _check, functional
+from ood_core import check, functional
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
 from ood_core.detectors.logits import unsaturated_msp
@@ -63,7 +63,7 @@ class MCM(ZeroShot):
 
     def __init__(self, *, temperature: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
-        self.temperature = _check.positive("temperature", temperature)
+        self.temperature = check.positive("temperature", temperature)
 
     def _score(self, features: FeatureSet) -> Tensor:
         return unsaturated_msp(features.image @ self._text(features).T, temperature=self.temperature)
@@ -88,9 +88,9 @@ class GLMCM(ZeroShot):
         self, *, temperature: float = 1.0, local_weight: float = 1.0, head: str = "auto", **common: Any
     ) -> None:
         super().__init__(**common)
-        self.temperature = _check.positive("temperature", temperature)
-        self.local_weight = 0.0 if local_weight == 0 else _check.positive("local_weight", local_weight)
-        self.head = _check.choice("head", head, ("auto", "zero_shot", "classifier"))
+        self.temperature = check.positive("temperature", temperature)
+        self.local_weight = 0.0 if local_weight == 0 else check.positive("local_weight", local_weight)
+        self.head = check.choice("head", head, ("auto", "zero_shot", "classifier"))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -157,8 +157,8 @@ class RMCM(ZeroShot):
 
     def __init__(self, *, k: int | None = None, temperature: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
-        self.k = k if k is None else _check.integer("k", k, 1, 2**31)
-        self.temperature = _check.positive("temperature", temperature)
+        self.k = k if k is None else check.integer("k", k, 1, 2**31)
+        self.temperature = check.positive("temperature", temperature)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from ood_core._files import write_atomically
 from ood_core.errors import DataError, UsageError
+from ood_core.files import write_atomically
 from ood_core.report.detectors import calibration, score_charts
 from ood_core.report.figures import ExplainImage, OpenImage, Run
 from ood_core.report.markup import escaped

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from types import ModuleType
 
-from ood_core import _check
+from ood_core import check
 from torch import Tensor
 
 from ood_mofe.dispatch import reference as plain
@@ -83,9 +83,9 @@ def expert_class_token(
 
 
 def _checked(tokens: Tensor, expert: Tensor, experts: StackedExperts, backend: str | None) -> tuple[Tensor, Tensor]:
-    _check.choice("backend", backend, (None, *_BACKENDS, "triton"))
-    tokens, _ = _check.tensors(tokens=(tokens, "B T D"), experts=(experts.norm1_weight, "E D"))
-    expert = _check.labels("expert", expert, len(tokens), len(experts))
+    check.choice("backend", backend, (None, *_BACKENDS, "triton"))
+    tokens, _ = check.tensors(tokens=(tokens, "B T D"), experts=(experts.norm1_weight, "E D"))
+    expert = check.labels("expert", expert, len(tokens), len(experts))
     if expert.device != tokens.device:
         raise ValueError(f"expert is on {expert.device}, tokens are on {tokens.device}: move it there.")
     return tokens.to(experts.norm1_weight.dtype), expert

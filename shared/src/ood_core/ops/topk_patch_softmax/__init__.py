@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, is_grad_enabled
 
-from ood_core import _check
+from ood_core import check
 from ood_core.ops.topk_patch_softmax.reference import reference
 from ood_core.ops.topk_patch_softmax.torch import chunked
 
@@ -66,14 +66,14 @@ def topk_patch_softmax(
         >>> out.image_to_text, out.text_to_image
         (tensor([0.5000]), tensor([0.5000]))
     """
-    local, text, negatives = _check.tensors(local=(local, "N P d"), text=(text, "C d"), negatives=(negatives, "M d"))
+    local, text, negatives = check.tensors(local=(local, "N P d"), text=(text, "C d"), negatives=(negatives, "M d"))
     ks = list(k) if isinstance(k, Sequence) else [k]
     if not ks:
         raise ValueError("k=[] is empty: give at least one number.")
     for one in ks:
-        _check.integer("k", one, 1, local.shape[1] * len(text), "patches x classes")
-    _check.positive("temperature", temperature)
-    _check.choice("backend", backend, (None, *_BACKENDS, "triton"))
+        check.integer("k", one, 1, local.shape[1] * len(text), "patches x classes")
+    check.positive("temperature", temperature)
+    check.choice("backend", backend, (None, *_BACKENDS, "triton"))
     match_all = _choose(backend, [given for given in (local, text, negatives) if given is not None])
     matches = match_all(local, text, negatives, ks, temperature)
     return PatchSoftmax(*(match[:, 0] if isinstance(k, int) else match for match in matches))

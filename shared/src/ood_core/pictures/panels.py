@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from ood_core._files import write_atomically
 from ood_core.errors import UsageError
+from ood_core.files import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the first ones are those of the report.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#1b1f24")
