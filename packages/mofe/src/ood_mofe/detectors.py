@@ -84,7 +84,7 @@ class MoFE(TrainedDetector):
         accuracy_weight: w, how much the accuracy counts.
         reg: "l2" keeps features small, "ls" smooths the labels of mixed images, "none" does neither.
         reg_on: features that "l2" is on, "pre_norm" (in units of their mean square at the start) or "post_norm".
-        reg_weight: eta, factor of "l2".
+        reg_weight: eta, factor of "l2"; `reg_on` says in which unit.
         smoothing: of "ls".
         epochs: passes over the training images.
         batch_size: images per step, and as many mixed ones.
