@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from ood_core.backbones import _resolve_device, _resolve_dtype, create_backbone, list_backbones
+from ood_core.backbones.loading import transform_decisions
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.open_clip import image_transform as open_clip_transform
 from ood_core.backbones.timm import TimmBackbone
@@ -1126,6 +1127,24 @@ def test_open_clip_transform_is_the_library_own(mode):
     library = open_clip.transform.image_transform_v2(cfg, is_train=False)
     image = photo(70, 51)
     torch.testing.assert_close(open_clip_transform(model)(image), library(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "resize"),
+    [
+        ({"resize": None}, "both sides to 32 x 32"),
+        ({"resize": 36}, "short side to 36"),
+        ({"resize": (32, 32), "fit": "contain"}, "contain 32 x 32"),
+        ({"resize": None, "fit": "none"}, "none: the middle is cut out"),
+    ],
+)
+def test_what_a_transform_does_is_told_with_its_sources(options, resize):
+    transform = ImageTransform(crop=(32, 32), **options)
+    told = transform_decisions(transform, size="the tower", rest="the tag", sources={"mean": "the library"})
+    found = {decision.what: (decision.value, decision.source) for decision in told}
+    assert found["image size"] == ("32 x 32", "the tower")
+    assert found["resize"] == (resize, "the tag")
+    assert (found["mean"][1], found["std"][1]) == ("the library", "the tag")
 
 
 def test_wrapped_open_clip_models_are_the_same_backbone():

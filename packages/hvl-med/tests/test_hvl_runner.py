@@ -166,12 +166,15 @@ def test_reproduce_prints_ours_beside_the_paper(data, tmp_path, capsys):
     (at,) = (index for index, line in enumerate(lines) if line.startswith("published: HVL"))
     assert lines[at].split()[-3:] == ["98.30", "37.59±0.82", "90.95±0.65"]
     assert "±" in lines[1]
+    (header,) = (row for row, line in enumerate(lines) if line.startswith("ours - published, points"))
+    assert lines[header].split("  ")[-1].split() == ["auroc"]
+    compared = header + 1
     mine, theirs, difference = (
-        [float(cell.split("±")[0].rstrip("!")) for cell in lines[row].split()[-3:]] for row in (1, at, at + 1)
+        [float(cell.split("±")[0].rstrip("!")) for cell in lines[row].split()[-3:]] for row in (1, at, compared)
     )
-    assert lines[at + 1].startswith("difference")
+    assert lines[compared].startswith("HVL ")
     assert difference == pytest.approx(np.subtract(mine, theirs), abs=0.011)
-    flags = [cell.endswith("!") for cell in lines[at + 1].split()[-3:]]
+    flags = [cell.endswith("!") for cell in lines[compared].split()[-3:]]
     assert flags == [abs(value) > 1.5 for value in difference]
 
 

@@ -538,12 +538,7 @@ def _backbones(detectors: Iterable[Detector]) -> list[dict[str, str]]:
     for detector in _leaves({str(i): detector for i, detector in enumerate(detectors)}).values():
         if detector._backbone is not None:
             backbone = detector._backbone
-            found[backbone.fingerprint] = {
-                "spec": backbone.spec,
-                "fingerprint": backbone.fingerprint,
-                "device": str(backbone.device),
-                "dtype": str(backbone.dtype).removeprefix("torch."),
-            }
+            found[backbone.fingerprint] = backbone.record() | {"device": str(backbone.device)}
     return list(found.values())
 
 

@@ -217,7 +217,8 @@ def stream(
         raise UsageError(f"batch_size={batch_size} must be at least 1.")
     needs = backbone.check_needs(needs)
     source = open_source(source, max_pixels=max_pixels, value_range=value_range)
-    folder = None if cache is None else _Cache(Path(cache), _describe(backbone, source, needs, local))
+    fingerprint = source.fingerprint
+    folder = None if cache is None else _Cache(Path(cache), _describe(backbone, source, fingerprint, needs, local))
     cached: dict[int, _Shard] = {}
     count = -(-len(source) // _SHARD)
     if folder is not None and resume:
@@ -225,7 +226,6 @@ def stream(
     missing = [i for i in range(count) if i not in cached]
     loading = {"on_error": on_error, "workers": workers, "progress": progress}
     computed = _compute(backbone, source, needs, local, missing, batch_size, **loading)
-    fingerprint = source.fingerprint
     notes: list[tuple[str, str]] = []
     for i in range(count):
         shard = cached.get(i)
@@ -250,7 +250,9 @@ class _Shard:
     notes: list[tuple[int, str]]
 
 
-def _describe(backbone: Backbone, source: ImageSource, needs: frozenset[str], local: str) -> dict[str, Any]:
+def _describe(
+    backbone: Backbone, source: ImageSource, fingerprint: str, needs: frozenset[str], local: str
+) -> dict[str, Any]:
     """Everything the features depend on."""
     return {
         "backbone": backbone.spec,
@@ -258,9 +260,9 @@ def _describe(backbone: Backbone, source: ImageSource, needs: frozenset[str], lo
         "transform": backbone.transform.describe(),
         "needs": sorted(needs),
         "local": None if needs.isdisjoint({"local", "local_logits"}) else local,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": backbone.precision,
         "device": backbone.device.type,
-        "source": source.fingerprint,
+        "source": fingerprint,
         "images": len(source),
         "max_pixels": source.max_pixels,
         "shard": _SHARD,
@@ -316,7 +318,7 @@ def _feature_set(backbone: Backbone, source: ImageSource, fingerprint: str, rows
         fingerprint=backbone.fingerprint,
         source=fingerprint,
         keys=torch.from_numpy(source.content_keys(good)),
-        dtype=str(backbone.dtype).removeprefix("torch."),
+        dtype=backbone.precision,
         extra={name: value for name, value in shard.tensors.items() if name not in own},
         **own,
     )

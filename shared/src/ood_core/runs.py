@@ -39,6 +39,7 @@ _CORE = (
     "ood_core.evaluation",
     "ood_core.features",
     "ood_core.functional",
+    "ood_core.labels",
     "ood_core.metrics",
     "ood_core.ops",
     "ood_core.prompts",
@@ -85,9 +86,7 @@ def recipe(
     names = json.dumps(list(class_names)).encode()
     return {
         "backbone": {
-            "spec": backbone.spec,
-            "fingerprint": backbone.fingerprint,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
+            **backbone.record(),
             "device": backbone.device.type,
             "transform": backbone.transform.describe(),
         },

@@ -11,12 +11,13 @@ from ood_core.cli.common import (
     load_backbone,
     message,
     parse_params,
+    print_differences,
     print_json,
     print_table,
 )
 from ood_core.cli.methods import show_found
 from ood_core.errors import unknown_name
-from ood_core.published import Beside, beside, difference_cells, legend
+from ood_core.published import Beside, beside
 from ood_core.runs import percent, study_options
 
 from ood_hvl._published import published_table
@@ -91,11 +92,10 @@ def _show(args: argparse.Namespace, results: dict[str, Any], notes: list[str]) -
     rows = [[name, *(percent(row[measure]) for measure in _COLUMNS)] for name, row in results.items()]
     for row in published:
         rows.append([f"published: {row['method']}", *(_published_cell(row, measure) for measure in _COLUMNS)])
-        if own := [one for one in found if one.row == row["method"]]:
-            rows.append(["difference", *(cell for m in _COLUMNS for cell in difference_cells(own, [m], [m]))])
     print_table([f"percent, FPR95 {_CONVENTION}", "accuracy", "FPR95", "AUROC"], rows)
-    for line in [*(f"Note: {note}" for note in notes), *([legend(found)] if published else [])]:
-        message(line)
+    print_differences(found, _COLUMNS, _COLUMNS)
+    for note in notes:
+        message(f"Note: {note}")
     message(f"Every run: {args.out}")
 
 

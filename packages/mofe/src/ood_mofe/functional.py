@@ -435,14 +435,14 @@ def unsaturated_mos(group_logits: Sequence[Tensor]) -> Tensor:
     return unsaturated(-unsaturated(-score, F.logsigmoid(-odds)), F.logsigmoid(odds), bound=0.0)
 
 
-def unsaturated_ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+def unsaturated_ctw(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = CLIP_LOGIT_SCALE) -> Tensor:
     """`ctw` in the order of the log-odds near 1 (see `unsaturated`); arguments as there."""
     logits, odds = _yes_and_no(image, yes, no, logit_scale)
     of_best = odds.gather(1, logits.argmax(1, keepdim=True))[:, 0]
     return unsaturated(of_best.sigmoid(), F.logsigmoid(-of_best))
 
 
-def unsaturated_atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = 100.0) -> Tensor:
+def unsaturated_atd(image: Tensor, yes: Tensor, no: Tensor, *, logit_scale: float = CLIP_LOGIT_SCALE) -> Tensor:
     """`atd` in the order of what remains to 1 near 1 (see `unsaturated`); arguments as there."""
     logits, odds = _yes_and_no(image, yes, no, logit_scale)
     remaining = (logits.log_softmax(-1) + F.logsigmoid(-odds)).logsumexp(-1)

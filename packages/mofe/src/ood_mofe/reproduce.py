@@ -141,12 +141,13 @@ def reproduce(args: argparse.Namespace) -> None:
         for setting in settings.values():
             one.check(setting)
     said = _said(args, bench, settings, number)
-    _, sentence = zero_shot_beside(bench.backbone, bench.protocol.test, bench.protocol.class_names, **bench.extraction)
+    names, test = bench.protocol.class_names, bench.protocol.test
+    zero_shot, sentence = zero_shot_beside(bench.backbone, test, names, **bench.extraction)
     said += [sentence] if sentence else []
     results = _of_study(args, benches, settings) if args.study else _results(bench, settings)
     if number == 4:
         _add_gains(results)
-    _show(args, benches, results, number, said)
+    _show(args, benches, results, number, said, zero_shot)
 
 
 def _check_study(args: argparse.Namespace) -> None:
@@ -222,6 +223,7 @@ def _show(
     results: Mapping[str, Any],
     number: int | None,
     said: Sequence[str],
+    zero_shot: Mapping[str, Any],
 ) -> None:
     """Print the results, beside what was published."""
     bench, protocols = benches[0], {one.protocol.name: one.protocol for one in benches}
@@ -231,6 +233,7 @@ def _show(
         names = list(protocols)
         known = {"protocol": names if len(names) > 1 else names[0], "backbone": args.backbones or bench.backbone.spec}
         known |= {"table": number, "study": args.study, "convention": bench.convention}
+        known |= {"zero_shot_accuracy": zero_shot}
         notes = [note for protocol in protocols.values() for note in protocol.notes] + list(said)
         compared = [one.to_dict() for one in _compared(results, comparable)]
         print_json(known | {"results": results, "published": rows, "differences": compared, "notes": notes})

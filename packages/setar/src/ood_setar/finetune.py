@@ -225,11 +225,7 @@ def finetune(
         "seed": seed,
         "class_names": names,
         "images": {"count": len(source), "fingerprint": source.fingerprint},
-        "backbone": {
-            "spec": backbone.spec,
-            "fingerprint": backbone.fingerprint,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-        },
+        "backbone": backbone.record(),
     }
     forward = _forward(backbone, class_prompts(template, names) if "prompts" in backbone.capabilities else None)
     pixels: LiveViews | _CentreCrops

@@ -196,11 +196,7 @@ def search(
         "template": template,
         "class_names": data.class_names,
         "images": {"count": len(data.labels), "fingerprint": data.source, "failures": data.failures},
-        "backbone": {
-            "spec": backbone.spec,
-            "fingerprint": backbone.fingerprint,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-        },
+        "backbone": backbone.record(),
     }
     run = _Run(
         Trials(backbone, data, template, scored, drop, seed, batch_size=batch_size, memory=memory),

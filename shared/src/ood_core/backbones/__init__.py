@@ -98,7 +98,7 @@ def _placed(backbone: Backbone, dtype: str | torch.dtype, edit: str | None) -> t
         source = "the environment variable OOD_DTYPE"
     return (
         Decision("device", str(backbone.device), "the argument"),
-        Decision("precision", str(backbone.dtype).removeprefix("torch."), source),
+        Decision("precision", backbone.precision, source),
         Decision("edit", edit or "none", "the argument"),
     )
 

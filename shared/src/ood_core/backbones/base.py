@@ -351,6 +351,15 @@ class Backbone(ABC):
         """Precision of the weights; results are float32 whatever it is."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def precision(self) -> str:
+        """`dtype` by name, e.g. "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def record(self) -> dict[str, str]:
+        """What results say of the backbone that they were made with: "spec", "fingerprint" and "dtype"."""
+        return {"spec": self.spec, "fingerprint": self.fingerprint, "dtype": self.precision}
+
     # ---- images
 
     def prefix(self, x: Tensor, blocks: int = 1) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,17 +68,21 @@ def _activations(part: nn.Module) -> Iterator[str]:
     for module in part.modules():
         name = type(module).__name__
         if any(word in name for word in ("GELU", "GELu", "SiLU", "ReLU", "Swish", "Sigmoid", "Tanh")):
-            tanh = getattr(module, "approximate", "") == "tanh"
-            yield f"{name} (tanh)" if tanh else name
+            tanh = getattr(module, "approximate", "") == "tanh" or name == "GELUTanh"
+            yield "GELU (tanh)" if tanh else name
 
 
-def transform_decisions(transform: ImageTransform, *, size: str, rest: str) -> tuple[Decision, ...]:
+def transform_decisions(
+    transform: ImageTransform, *, size: str, rest: str, sources: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Decision, ...]:
     """What an image transform does.
 
     Args:
         transform: of the backbone.
         size: where the image size comes from.
         rest: where everything else comes from.
+        sources: where single ones of them come from instead: of "resize" (and the crop), "mean", "std" and
+            "interpolation".
     """
     height, width = transform.crop
     target = transform.resize
@@ -89,13 +94,14 @@ def transform_decisions(transform: ImageTransform, *, size: str, rest: str) -> t
         resize = f"short side to {target}"
     else:
         resize = f"{transform.fit} {target[0]} x {target[1]}"
+    where = {name: sources.get(name, rest) for name in ("resize", "mean", "std", "interpolation")}
     return (
         Decision("image size", f"{height} x {width}", size),
-        Decision("resize", resize, rest),
-        Decision("crop", "none" if target is None else f"middle {height} x {width}", rest),
-        Decision("mean", _numbers(transform.mean), rest),
-        Decision("std", _numbers(transform.std), rest),
-        Decision("interpolation", transform.interpolation, rest),
+        Decision("resize", resize, where["resize"]),
+        Decision("crop", "none" if target is None else f"middle {height} x {width}", where["resize"]),
+        Decision("mean", _numbers(transform.mean), where["mean"]),
+        Decision("std", _numbers(transform.std), where["std"]),
+        Decision("interpolation", transform.interpolation, where["interpolation"]),
     )
 
 

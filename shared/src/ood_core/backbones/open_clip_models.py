@@ -22,11 +22,11 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from ood_core.backbones.base import Decision
 from ood_core.backbones.checkpoint import Checkpoint, load_strictly, read_checkpoint, without_wrappers
+from ood_core.backbones.loading import activation_name, transform_decisions
 from ood_core.backbones.specs import names_file
 from ood_core.backbones.transform import CLIP_MEAN, CLIP_STD, ImageTransform
 from ood_core.errors import DataError, MissingDataError, OODError, UsageError, unknown_name
@@ -361,22 +361,16 @@ def _decisions(
 ) -> tuple[Decision, ...]:
     architecture = source.origin if ":" in source.name else f"the architecture {source.name}"
     config, weights = open_clip.get_model_preprocess_cfg(model), "random" if source.random else "the weights"
-    height, width = transform.crop
     told = _built_size(model.visual) not in (None, _pair(config["size"]))
-    squash = transform.resize is None
-    resize = f"both sides to {height} x {width}, aspect not kept" if squash else f"short side to {transform.resize}"
-    preprocessing = {key: _said_by(source, key) for key in ("mean", "std", "interpolation", "resize_mode")}
+    size = "the position table of the tower" if told else architecture
+    sources = {key: _said_by(source, key) for key in ("mean", "std", "interpolation")}
+    sources["resize"] = _said_by(source, "resize_mode")
     bias = (
         [] if model.logit_bias is None else [Decision("logit bias", f"{float(model.logit_bias.detach()):.4g}", weights)]
     )
     return (
         Decision("activation", _activations(model), why),
-        Decision("image size", f"{height} x {width}", "the position table of the tower" if told else architecture),
-        Decision("resize", resize, preprocessing["resize_mode"]),
-        Decision("crop", "none" if squash else f"centre {height} x {width}", preprocessing["resize_mode"]),
-        Decision("mean", _numbers(transform.mean), preprocessing["mean"]),
-        Decision("std", _numbers(transform.std), preprocessing["std"]),
-        Decision("interpolation", transform.interpolation, preprocessing["interpolation"]),
+        *transform_decisions(transform, size=size, rest=architecture, sources=sources),
         Decision("prefix tokens", _prefix_tokens(model.visual), architecture),
         Decision("tokenizer", _tokenizer_name(tokenizer, source), architecture),
         Decision("context length", str(tokenizer.context_length), architecture),
@@ -389,27 +383,12 @@ def _said_by(source: _Source, key: str) -> str:
     return source.origin if key in source.asked or source.name.startswith("hf-hub:") else "open_clip's default"
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
-
-
 def _activations(model: Any) -> str:
     text = model.text if hasattr(model, "text") else model.transformer
-    towers = {"image": _activation_of(model.visual), "text": _activation_of(text)}
+    towers = {"image": activation_name(model.visual), "text": activation_name(text)}
     if len(set(towers.values())) == 1:
         return towers["image"]
     return ", ".join(f"{tower} {name}" for tower, name in towers.items())
-
-
-def _activation_of(tower: nn.Module) -> str:
-    for module in tower.modules():
-        if isinstance(module, QuickGELU):
-            return "QuickGELU"
-        if isinstance(module, nn.GELU):
-            return "GELU" if module.approximate == "none" else "GELU (tanh)"
-        if type(module).__name__ in ("GELUTanh", "SiLU", "ReLU"):
-            return {"GELUTanh": "GELU (tanh)"}.get(type(module).__name__, type(module).__name__)
-    return "other"
 
 
 def _prefix_tokens(visual: Any) -> str:

@@ -118,10 +118,14 @@ def print_differences(found: Sequence[Beside], places: Sequence[str], measures: 
     columns = {place: own for place in places if (own := [one for one in measures if (place, one) in have])}
     rows = {one.row: [other for other in found if other.row == one.row] for one in found}
     print_table(
-        ["ours - published, points", *(f"{place}: {' / '.join(own)}" for place, own in columns.items())],
+        ["ours - published, points", *(_column(place, own) for place, own in columns.items())],
         [[name, *(difference_cells(own, [p], m)[0] for p, m in columns.items())] for name, own in rows.items()],
     )
     message(legend(found))
+
+
+def _column(place: str, measures: Sequence[str]) -> str:
+    return place if [place] == list(measures) else f"{place}: {' / '.join(measures)}"
 
 
 def one_line(text: str) -> str:

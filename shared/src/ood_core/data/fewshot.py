@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 
-from ood_core.data.sources import ImageSource
+from ood_core.data.sources import Derived, ImageSource
 from ood_core.errors import DataError, MissingDataError, UsageError
 from ood_core.files import write_json
 
 
-class FewShot(ImageSource):
+class FewShot(Derived):
     """`shots` images of every class, drawn class after class from the images in the order of their ids.
 
     The draw is that of the released few-shot code: one `random.Random(seed)`, one `sample` per class in
@@ -61,17 +60,8 @@ class FewShot(ImageSource):
         counts = np.bincount(self.labels, minlength=len(source.label_names)).tolist()
         self.short_classes = {n: c for n, c in zip(source.label_names, counts, strict=True) if c < shots}
 
-    def _read(self, item: int, name: str, max_pixels: int | None) -> Image.Image:
-        return self.source.open(item, max_pixels=max_pixels, value_range=self.value_range)
-
-    def _identity(self, item: int) -> str:
-        return self.source._identity(self.source._items[item])
-
-    def _stamp(self, item: int) -> str:
-        return self.source._stamp(self.source._items[item])
-
-    def _content(self, item: int) -> str:
-        return self.source._content(self.source._items[item])
+    def _origin(self, item: int) -> tuple[ImageSource, int]:
+        return self.source, item
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write seed, shots and the ids of every class as JSON; the file is replaced at one stroke."""

@@ -7,12 +7,11 @@ __all__ = ["JoinedSources"]
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
 
-from ood_core.data.sources import ImageSource
+from ood_core.data.sources import Derived, ImageSource
 
 
-class JoinedSources(ImageSource):
+class JoinedSources(Derived):
     """The images of several sources; ids start with the name of theirs, labels are the same where names are.
 
     Args:
@@ -35,20 +34,8 @@ class JoinedSources(ImageSource):
         """int64, where the images of a source are."""
         return np.array([row for row, (own, _) in enumerate(self._items) if own == name], np.int64)
 
-    def _read(self, item: tuple[str, int], name: str, max_pixels: int | None) -> Image.Image:
-        return self.sources[item[0]].open(item[1], max_pixels=max_pixels, value_range=self.value_range)
-
-    def _identity(self, item: tuple[str, int]) -> str:
-        source = self.sources[item[0]]
-        return source._identity(source._items[item[1]])
-
-    def _stamp(self, item: tuple[str, int]) -> str:
-        source = self.sources[item[0]]
-        return source._stamp(source._items[item[1]])
-
-    def _content(self, item: tuple[str, int]) -> str:
-        source = self.sources[item[0]]
-        return source._content(source._items[item[1]])
+    def _origin(self, item: tuple[str, int]) -> tuple[ImageSource, int]:
+        return self.sources[item[0]], item[1]
 
 
 def _label(source: ImageSource, index: int) -> str | None:

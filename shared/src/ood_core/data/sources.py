@@ -216,6 +216,30 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
+class Derived(ImageSource):
+    """Images of other sources: each is read, known and described as it is there."""
+
+    @abstractmethod
+    def _origin(self, item: Any) -> tuple[ImageSource, int]:
+        """The source of an item, and its position there."""
+
+    def _read(self, item: Any, name: str, max_pixels: int | None) -> Image.Image:
+        source, index = self._origin(item)
+        return source.open(index, max_pixels=max_pixels, value_range=self.value_range)
+
+    def _identity(self, item: Any) -> str:
+        source, index = self._origin(item)
+        return source._identity(source._items[index])
+
+    def _stamp(self, item: Any) -> str:
+        source, index = self._origin(item)
+        return source._stamp(source._items[index])
+
+    def _content(self, item: Any) -> str:
+        source, index = self._origin(item)
+        return source._content(source._items[index])
+
+
 def _index_array(indices: Any) -> np.ndarray:
     indices = np.asarray(indices)
     return indices if indices.size else indices.astype(np.int64)
@@ -777,7 +801,7 @@ def _check_images(images: list[Any], **per_image: Sequence[Any] | np.ndarray | N
             raise DataError(f"{len(images)} images were given with {len(values)} {name}; give one per image.")
 
 
-class ParquetShards(ImageSource):
+class ParquetShards(Derived):
     """The parquet packs below a folder as one source, as the data sets of Hugging Face come.
 
     Ids are those of the packs where they have such a column, else the pack's path below the folder, without suffix,
@@ -831,20 +855,8 @@ class ParquetShards(ImageSource):
         self.place = printable(folder) + (f":{split}" if split else "")
         self.value_range = check_range(value_range)
 
-    def _read(self, item: tuple[int, int], name: str, max_pixels: int | None) -> Image.Image:
-        return self.shards[item[0]].open(item[1], max_pixels=max_pixels, value_range=self.value_range)
-
-    def _identity(self, item: tuple[int, int]) -> str:
-        shard = self.shards[item[0]]
-        return shard._identity(shard._items[item[1]])
-
-    def _stamp(self, item: tuple[int, int]) -> str:
-        shard = self.shards[item[0]]
-        return _with_range(shard._stamp(shard._items[item[1]]), self)
-
-    def _content(self, item: tuple[int, int]) -> str:
-        shard = self.shards[item[0]]
-        return _with_range(shard._content(shard._items[item[1]]), self)
+    def _origin(self, item: tuple[int, int]) -> tuple[ImageSource, int]:
+        return self.shards[item[0]], item[1]
 
 
 def _of_split(folder: str, files: dict[str, str], split: str | None) -> dict[str, tuple[str, str | None]]:

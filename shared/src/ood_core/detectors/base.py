@@ -185,13 +185,13 @@ class Detector(ABC):
                 f"Detector {self.name!r} was made with backbone {self._backbone_record['spec']!r} "
                 f"({expected[:12]}), not with {backbone.spec!r} ({backbone.fingerprint[:12]}). Fit it again."
             )
-        now = _named_dtype(backbone)
+        now = backbone.precision
         self._tell_precision(now, f"{backbone.spec!r} computes")
         dtype = self._backbone_record.get("dtype") or now
         self._attach(backbone)
         self._check_class_count(len(self.class_names))
         self._backbone = backbone
-        self._backbone_record = {"spec": backbone.spec, "fingerprint": backbone.fingerprint, "dtype": dtype}
+        self._backbone_record = backbone.record() | {"dtype": dtype}
 
     @property
     def precision(self) -> str:
@@ -265,7 +265,7 @@ class Detector(ABC):
         self._fitted_on = content_keys(images).unique()
         dtype = images.dtype if isinstance(images, FeatureSet) else ""
         if not dtype and self._backbone is not None:
-            dtype = _named_dtype(self._backbone)
+            dtype = self._backbone.precision
         if dtype and self._backbone_record:
             self._backbone_record["dtype"] = dtype
 
@@ -355,7 +355,7 @@ class Detector(ABC):
 
     def _tell_batch(self, images: int) -> None:
         """Say once that a lone image's score and a threshold from batches differ in half precision."""
-        dtype = _named_dtype(self._required_backbone())
+        dtype = self._required_backbone().precision
         halved = self.threshold is not None and dtype in ("bfloat16", "float16")
         if images == 1 and halved and "batch" not in self._told:
             self._told.add("batch")
@@ -686,10 +686,6 @@ def _found(record: Mapping[str, str], folder: Path) -> dict[str, str]:
 # larger ones.
 _BATCH_MOVES = "by up to 0.03 to 0.28 standard deviations of the ID scores."
 _PRECISION_MOVES = "scores move by up to 0.08 to 0.33 standard deviations of the ID scores, and some decisions change."
-
-
-def _named_dtype(backbone: Backbone) -> str:
-    return str(backbone.dtype).removeprefix("torch.")
 
 
 def _keys_of(data: Any) -> Tensor | None:
