@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from ood_core import ParquetImages, create_backbone, create_detector, evaluate
-from ood_core._protocols.catalog import set_entry
 from ood_core.backbones.base import Backbone
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
 from ood_core.evaluation import environment
 from ood_core.files import write_json
+from ood_core.protocols.catalog import set_entry
 from ood_core.runs import Run, kept_runs
 from ood_hvl.layouts import Layout, Task
 from ood_hvl.layouts.survey import relabelled

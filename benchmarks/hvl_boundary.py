@@ -68,7 +68,7 @@ def main() -> int:
             features = extract(detector.backbone, images, detector.needs, progress=False)
             with torch.no_grad():
                 scales = detector.scales(features)
-                index = detector._trained(features).select(scales)
+                index = detector.trained_model(features).select(scales)
             gain = torch.zeros_like(where["inside"]).scatter(1, index, True)
             results.setdefault("entropy gain", []).append(shares(gain, where))
             results.setdefault("background", []).append(shares(background(scales.log_p[2], labels), where))

@@ -40,11 +40,11 @@ class Padded(PromptLearner):
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         backbone, classes = self.backbone, len(self.names)
         names = (*self.names, *[""] * len(self.negative_context))
-        words, end = backbone._prompt_words(names)
+        words, end = backbone.prompt_words(names)
         context = torch.cat([self.context, self.negative_context])
         prompts = torch.cat([words[:, :1], context.to(words.dtype), words[:, 1:]], 1)
         prompts = F.pad(prompts, (0, 0, 0, backbone.context_length - prompts.shape[1]))
-        hidden = backbone._text_hidden(prompts, end + context.shape[1])
+        hidden = backbone.text_hidden(prompts, end + context.shape[1])
         features = F.normalize((hidden.to(self.text_projection.dtype) @ self.text_projection).float(), dim=-1)
         return features[:classes], features[classes:]
 

@@ -88,7 +88,7 @@ class Sets:
     @torch.no_grad()
     def _read(self, source: ImageSource) -> tuple[FeatureSet, torch.Tensor]:
         batches = load_batches(source, self.backbone.transform, batch_size=100, progress=False)
-        tokens = torch.cat([self.backbone.prefix(self.backbone._pixels(batch.pixels)) for batch in batches])
+        tokens = torch.cat([self.backbone.prefix(self.backbone.prepare(batch.pixels)) for batch in batches])
         labels = None if source.labels is None else torch.as_tensor(source.labels)
         return FeatureSet(list(source.ids), labels, list(source.label_names), source=source.fingerprint), tokens
 

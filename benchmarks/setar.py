@@ -91,7 +91,7 @@ class Sets:
     @torch.no_grad()
     def _embed(backbone: Backbone, source: ImageSource) -> tuple[FeatureSet, torch.Tensor]:
         batches = load_batches(source, backbone.transform, batch_size=100, progress=False)
-        tokens = torch.cat([backbone.embed(backbone._pixels(batch.pixels)) for batch in batches])
+        tokens = torch.cat([backbone.embed(backbone.prepare(batch.pixels)) for batch in batches])
         labels = None if source.labels is None else torch.as_tensor(source.labels)
         plain = FeatureSet(list(source.ids), labels, list(source.label_names), source=source.fingerprint)
         return plain, tokens

@@ -63,7 +63,7 @@ def images(count: int, classes: int) -> tuple[PILImages, list[str]]:
 @torch.no_grad()
 def plain_loss(backbone: Backbone, pixels: torch.Tensor, labels: torch.Tensor, prompts: list[str], k: int) -> float:
     """The loss from the whole network: nothing is remembered."""
-    backbone._texts.clear()
+    backbone.texts_seen.clear()
     text = backbone.encode_text(prompts)
     image, local = backbone.encode_dense(pixels)
     scale = backbone.logit_scale
@@ -73,13 +73,13 @@ def plain_loss(backbone: Backbone, pixels: torch.Tensor, labels: torch.Tensor, p
 @torch.no_grad()
 def released_loss(backbone: Backbone, pixels: torch.Tensor, labels: torch.Tensor, prompts: list[str], k: int) -> float:
     """The same with the value path in all blocks, of which the last one is read."""
-    backbone._texts.clear()
+    backbone.texts_seen.clear()
     text = backbone.encode_text(prompts)
     x = backbone.embed(pixels)
     for layer in backbone.layers():
         x, below = layer(x), x
         local = layer.parts.value_path(below)
-    image, local = (F.normalize(v, dim=-1) for v in (backbone._image_embedding(x), backbone._local_embedding(local)))
+    image, local = (F.normalize(v, dim=-1) for v in (backbone.image_embedding(x), backbone.local_embedding(local)))
     scale = backbone.logit_scale
     return search_loss(scale * image @ text.T, scale * local @ text.T, labels, k=k, weight=0.1).item()
 
@@ -152,7 +152,7 @@ def single_blocks(count: int, classes: int, repeats: int) -> dict[str, Any]:
         original = plain.linear(name).weight.clone()
         seconds, losses = [], {}
         for _ in range(repeats):
-            trials._decomposed.clear()
+            trials.decomposed.clear()
             measured, cost = timed(lambda name=name: trials.measure(name, RATIOS[1:]))
             seconds.append(cost["seconds"])
         started = time.perf_counter()

@@ -225,7 +225,7 @@ def option_rows(document):
     ],
 )
 def test_tables_hold_the_options_that_there_are(document, detector):
-    known = set(detector_class(detector)._option_names())
+    known = set(detector_class(detector).option_names())
     assert option_rows(document) <= known
     assert known - option_rows(document) <= {"encode_chunk"}
 

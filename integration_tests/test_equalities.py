@@ -125,7 +125,7 @@ def test_experts_before_the_first_step_are_the_backbone(make, options):
     for expert in (torch.zeros(6).long(), torch.tensor([2, 1, 0, 0, 1, 2])):
         behind = network.class_token(tokens, expert, network.router_logits(tokens))
         token = network.norm(behind)
-        ours = backbone._project(token) if "text" in backbone.capabilities else token
+        ours = backbone.project(token) if "text" in backbone.capabilities else token
         torch.testing.assert_close(F.normalize(ours, dim=1), backbone.encode_image(x), **ROUNDING)
         assert (behind - tokens[:, 0]).abs().max() > 0.1
 

@@ -84,3 +84,56 @@ def test_methods_do_not_import_each_other():
 
     pairs = {(package(one), package(other)) for one in GRAPH for other in GRAPH[one]}
     assert {pair for pair in pairs if pair[0] != pair[1]} <= {(name, "ood_core") for name in map(package, FILES)}
+
+
+def private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def distribution(module):
+    return module.partition(".")[0]
+
+
+def defined(tree):
+    """Every private name that a module gives to something: functions, classes, variables, attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and private(node.name):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and private(node.id):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and private(node.attr):
+            yield node.attr
+
+
+def foreign(tree, own):
+    """Private names taken from another distribution: imported, or read from something else than `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and distribution(node.module or "") in PRIVATE:
+            parts = [*node.module.split("."), *(one.name for one in node.names)]
+            if distribution(node.module) != own:
+                yield from filter(private, parts)
+        elif isinstance(node, ast.Attribute) and not itself(node.value) and node.attr in OURS - PRIVATE.get(own, set()):
+            yield ast.unparse(node)
+
+
+def itself(node):
+    called = isinstance(node, ast.Call) and ast.unparse(node.func) == "super"
+    return called or (isinstance(node, ast.Name) and node.id in ("self", "cls"))
+
+
+TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in FILES.items()}
+PRIVATE = {}
+for name, tree in TREES.items():
+    PRIVATE.setdefault(distribution(name), set()).update(defined(tree))
+OURS = set().union(*PRIVATE.values())
+SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")])
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_private_names_stay_in_their_distribution(module):
+    assert not list(foreign(TREES[module], distribution(module)))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_benchmarks_and_tools_use_public_names(file):
+    assert not list(foreign(ast.parse(file.read_text(encoding="utf-8")), file.parent.name))

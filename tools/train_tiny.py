@@ -34,7 +34,7 @@ import timm.optim.muon
 import torch
 import torch.nn.functional as F
 from ood_core import create_backbone
-from ood_core.backbones import _resolve_dtype
+from ood_core.backbones import resolve_dtype
 from ood_core.data import scenes
 from ood_core.files import write_atomically, write_json
 from ood_core.tiny import ByteTokenizer, ResidualStem, TinyConfig, build_model, load_model
@@ -407,7 +407,7 @@ class Training:
 
     def __init__(self, packs: Path, work: Path, device: str, recipe: Recipe, start: Path | None = None) -> None:
         self.packs, self.work, self.device, self.recipe = packs, work, device, recipe
-        self.precision = _resolve_dtype("auto", torch.device(device))
+        self.precision = resolve_dtype("auto", torch.device(device))
         work.mkdir(parents=True, exist_ok=True)
         self.images, self.labels, self.masks, self.names = load_training_data(packs, work, recipe)
         self.photo_classes = len(self.names) - len(SCENE_NAMES)

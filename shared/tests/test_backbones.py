@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from ood_core.backbones import _resolve_device, _resolve_dtype, create_backbone, list_backbones
+from ood_core.backbones import _resolve_device, create_backbone, list_backbones, resolve_dtype
 from ood_core.backbones.loading import transform_decisions
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.open_clip import image_transform as open_clip_transform
@@ -314,17 +314,17 @@ def test_clip_is_the_same_in_open_clip_transformers_and_timm(quick_gelu, tokeniz
 def test_the_two_clip_tokenizers_agree_up_to_the_end_mark(clip, tokenizer):
     hf = TransformersBackbone(clip_to_hf(clip.model, activation="gelu"), square(32), tokenizer=tokenizer)
     texts = [*TEXTS, "electric ray.", ".", "Éclair naïve CAFÉ, 100% of it's (good)", "word " * 100]
-    ours, theirs = clip._tokenize(texts), hf._tokenize(texts)
+    ours, theirs = clip.tokenize(texts), hf.tokenize(texts)
     assert theirs.shape == ours.shape == (len(texts), 77)
-    assert torch.equal(hf._end_positions(theirs), clip._end_positions(ours))
-    for one, other, end in zip(ours, theirs, clip._end_positions(ours), strict=True):
+    assert torch.equal(hf.end_positions(theirs), clip.end_positions(ours))
+    for one, other, end in zip(ours, theirs, clip.end_positions(ours), strict=True):
         assert torch.equal(one[: end + 1], other[: end + 1])
 
 
 def test_old_clip_configurations_with_end_token_2_read_the_largest_token(clip, tokenizer):
     hf = clip_to_hf(clip.model, activation="gelu", end=2)
     backbone = TransformersBackbone(hf, square(32), tokenizer=tokenizer)
-    ids = backbone._tokenize(TEXTS)
+    ids = backbone.tokenize(TEXTS)
     expected = hf.get_text_features(ids).pooler_output
     torch.testing.assert_close(backbone.encode_text(TEXTS, normalize=False), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(expected, clip.encode_text(TEXTS, normalize=False), rtol=1e-5, atol=1e-5)
@@ -444,7 +444,7 @@ def last_block_input(block, run):
 def value_features(backbone, x):
     """Local features in the precision of the weights."""
     with torch.no_grad():
-        return backbone._local_embedding(backbone.layers()[-1].parts.value_path(backbone.prefix(x)))
+        return backbone.local_embedding(backbone.layers()[-1].parts.value_path(backbone.prefix(x)))
 
 
 def check_value_path(backbone, block, expected_from):
@@ -571,18 +571,18 @@ def test_golden_image_features(golden, golden_clip):
     np.testing.assert_allclose(local, golden["local_raw"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(value_features(golden_clip, x), golden["local_raw"], rtol=1e-9, atol=1e-11)
     with torch.no_grad():
-        exact = golden_clip._image_embedding(golden_clip.last_block(golden_clip.prefix(x)))
+        exact = golden_clip.image_embedding(golden_clip.last_block(golden_clip.prefix(x)))
     np.testing.assert_allclose(exact, golden["global_raw"], rtol=1e-9, atol=1e-11)
 
 
 def test_golden_token_ids(golden, golden_clip):
     names = [str(name).replace("_", " ") for name in golden["classnames"]]
-    ids = golden_clip._tokenize([f"a photo of a {name}." for name in names])
+    ids = golden_clip.tokenize([f"a photo of a {name}." for name in names])
     assert np.array_equal(ids, golden["tok_global"])
     # The released code tokenizes sixteen letters X where the context goes; ours has none there.
     for texts, key in (([f"{name}." for name in names], "tok_local"), (["."] * 3, "tok_neg")):
         released = np.delete(golden[key], slice(1, 17), axis=1)
-        assert np.array_equal(golden_clip._tokenize(texts)[:, : released.shape[1]], released)
+        assert np.array_equal(golden_clip.tokenize(texts)[:, : released.shape[1]], released)
 
 
 def test_golden_text_features(golden, golden_clip):
@@ -726,7 +726,7 @@ def test_truncated_text_pass_equals_the_full_one(pooling):
         full = backbone.model.encode_text(ids)
     torch.testing.assert_close(backbone.encode_text(TEXTS, normalize=False), full, rtol=1e-5, atol=1e-5)
     backbone._prompt_chunk = 1
-    backbone._texts = {}
+    backbone.texts_seen = {}
     torch.testing.assert_close(backbone.encode_text(TEXTS, normalize=False), full, rtol=1e-5, atol=1e-5)
 
 
@@ -752,8 +752,8 @@ def test_bidirectional_text_tower_is_not_cut():
 
 
 def test_prompt_with_the_words_as_context_is_the_text(clip):
-    ids = clip._tokenize(["a photo of a"])[0]
-    context = clip._embed_tokens(ids[1:5])
+    ids = clip.tokenize(["a photo of a"])[0]
+    context = clip.embed_tokens(ids[1:5])
     prompts = clip.encode_prompts(context, ["cat", "sea_lion"])
     texts = clip.encode_text(["a photo of a cat.", "a photo of a sea lion."])
     torch.testing.assert_close(prompts, texts, rtol=1e-5, atol=1e-5)
@@ -797,7 +797,7 @@ def test_last_block_is_the_rest_of_the_network(backbone):
     x = pixels(backbone)
     with torch.no_grad():
         tokens = backbone.last_block(backbone.prefix(x))
-        embedding = backbone._image_embedding(tokens)
+        embedding = backbone.image_embedding(tokens)
     torch.testing.assert_close(embedding, backbone.encode_image(x, normalize=False))
     torch.testing.assert_close(F.normalize(embedding, dim=-1), backbone.encode_image(x))
 
@@ -826,7 +826,7 @@ def test_a_block_is_its_attention_then_its_feed_forward(backbone):
             after = layer.parts.feed_forward(layer.parts.attend(before))
             tokens = layer(tokens)
             torch.testing.assert_close(after, tokens, rtol=1e-10, atol=1e-10)
-        embedding = F.normalize(backbone._image_embedding(tokens), dim=-1)
+        embedding = F.normalize(backbone.image_embedding(tokens), dim=-1)
     torch.testing.assert_close(embedding.float(), backbone.encode_image(pixels(backbone)), rtol=1e-5, atol=1e-6)
     kinds = {name.rpartition(".")[0] for name in backbone.linears() if name.startswith("visual.")} - {"visual"}
     assert {layer.name for layer in backbone.layers()} == kinds
@@ -838,25 +838,25 @@ def test_text_blocks_are_their_attention_then_their_feed_forward(tokenizer):
     for backbone in (clip_backbone(quick_gelu=True), theirs):
         backbone.model.double()
         with torch.no_grad():
-            embeddings, end = backbone._embed_texts(TEXTS)
-            x = backbone._add_positions(embeddings)
+            embeddings, end = backbone.embed_texts(TEXTS)
+            x = backbone.add_positions(embeddings)
             for layer in backbone.layers("text", x.shape[1]):
                 torch.testing.assert_close(
                     layer.parts.feed_forward(layer.parts.attend(x)), layer(x), atol=1e-10, rtol=0
                 )
                 x = layer(x)
-            features = F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
+            features = F.normalize(backbone.project_text(backbone.text_norm(x[torch.arange(len(x)), end])), dim=-1)
         torch.testing.assert_close(features.float(), backbone.encode_text(TEXTS), rtol=1e-5, atol=1e-6)
 
 
 def test_the_text_tail_has_the_gradients_of_the_whole_block(tokenizer):
     backbone = clip_backbone(quick_gelu=True)
     backbone.model.double()
-    embeddings, end = backbone._embed_texts(TEXTS)
+    embeddings, end = backbone.embed_texts(TEXTS)
     last = backbone.layers("text", embeddings.shape[1])[-1]
-    tokens = backbone._add_positions(embeddings).requires_grad_()
+    tokens = backbone.add_positions(embeddings).requires_grad_()
     ours = backbone.text_tail(tokens, end)
-    whole = backbone._text_norm(last(tokens)[torch.arange(len(end)), end])
+    whole = backbone.text_norm(last(tokens)[torch.arange(len(end)), end])
     torch.testing.assert_close(ours, whole, atol=1e-10, rtol=0)
     of_ours, of_whole = (torch.autograd.grad(out.square().sum(), tokens)[0] for out in (ours, whole))
     torch.testing.assert_close(of_ours, of_whole, atol=1e-10, rtol=1e-10)
@@ -865,15 +865,15 @@ def test_the_text_tail_has_the_gradients_of_the_whole_block(tokenizer):
 def test_auto_is_what_the_environment_names_or_what_the_processor_has(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setenv("OOD_DTYPE", "float64")
-    assert _resolve_dtype("auto", cpu) == torch.float64
-    assert _resolve_dtype("float32", cpu) == torch.float32
+    assert resolve_dtype("auto", cpu) == torch.float64
+    assert resolve_dtype("float32", cpu) == torch.float32
     monkeypatch.setenv("OOD_DTYPE", "flaot32")
     with pytest.raises(UsageError, match=r"flaot32.*float32"):
-        _resolve_dtype("auto", cpu)
+        resolve_dtype("auto", cpu)
     monkeypatch.delenv("OOD_DTYPE")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("ood_core._devices.cpu_has_bfloat16", lambda has=has: has)
-        assert _resolve_dtype("auto", cpu) == expected
+        monkeypatch.setattr("ood_core.devices.cpu_has_bfloat16", lambda has=has: has)
+        assert resolve_dtype("auto", cpu) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -906,7 +906,7 @@ def test_only_a_pooled_class_token_reads_it_alone(backbone):
         tokens = backbone._run_last_block(backbone.prefix(pixels(backbone)))
         changed = tokens.clone()
         changed.view(len(tokens), -1, tokens.shape[-1])[:, -1] += torch.arange(tokens.shape[-1])
-        same = torch.equal(backbone._image_embedding(tokens), backbone._image_embedding(changed))
+        same = torch.equal(backbone.image_embedding(tokens), backbone.image_embedding(changed))
     assert same == backbone.reads_class_token
 
 

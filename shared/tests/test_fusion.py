@@ -582,7 +582,7 @@ def test_nested_fusions_round_trip(two_backbones, small_backbone, image_folder, 
     assert loaded.get_params() == outer.get_params()
     known = {"small": small_backbone, "other": two_backbones.members["second"].backbone}
     for leaf in loaded._leaves("").values():
-        leaf._set_backbone(known[leaf._backbone_record["spec"]])
+        leaf.attach(known[leaf._backbone_record["spec"]])
     assert torch.equal(loaded.score(image_folder), outer.score(image_folder))
     assert torch.equal(loaded.p_value(image_folder), outer.p_value(image_folder))
     detectors = {"f": Fusion(outer.members, **outer.get_params())}

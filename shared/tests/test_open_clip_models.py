@@ -192,7 +192,7 @@ def test_a_local_feature_is_what_the_pool_answers_to_that_patch_alone(pooled, ki
     x = torch.randn(2, 3, *backbone.transform.crop)
     tokens = backbone.embed(x)
     patches = tokens[:, tokens.shape[1] - backbone.grid[0] * backbone.grid[1] :]
-    alone = torch.stack([backbone._image_embedding(patches[:, [i]]) for i in range(patches.shape[1])], 1)
+    alone = torch.stack([backbone.image_embedding(patches[:, [i]]) for i in range(patches.shape[1])], 1)
     _, local = backbone.encode_dense(x, normalize=False)
     torch.testing.assert_close(local, alone, rtol=1e-4, atol=1e-5)
 

@@ -14,8 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ood_core import protocols
-from ood_core._protocols.catalog import catalog
-from ood_core._protocols.names import clip_names
 from ood_core.data.released_splits import ReleasedItem, read_released_split
 from ood_core.errors import DataError, MissingDataError, UsageError
 from ood_core.labels import plain_name
@@ -28,6 +26,8 @@ from ood_core.protocols import (
     list_protocols,
     summarise_protocol,
 )
+from ood_core.protocols.catalog import catalog
+from ood_core.protocols.names import clip_names
 from ood_core.registry import PROTOCOLS
 from PIL import Image
 

@@ -93,7 +93,7 @@ def test_reports_show_the_pictures_of_the_detectors(small_backbone, image_folder
     options = {"backbone": small_backbone, "class_names": scenes.ID_CLASSES[:4]}
     plain = create_detector("mcm", **options)
     special = Explained(class_names=options["class_names"])
-    special._set_backbone(small_backbone)
+    special.attach(small_backbone)
     other = scenes.write_folder(scenes.textures(5, size=32), tmp_path / "textures")
     found = evaluate([plain, special], id=image_folder, ood={"textures": other}, out=tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()

@@ -141,7 +141,7 @@ def test_siglip_is_the_same_in_the_libraries(kind):
     model = siglip(kind)
     hf, tower = hf_backbone(model), timm_tower(model)
     ours = TimmBackbone(tower, SQUARE, spec="timm:siglip")
-    clip = OpenCLIPBackbone(open_clip_model(model), hf._tokenize, SQUARE, spec="open_clip:siglip")
+    clip = OpenCLIPBackbone(open_clip_model(model), hf.tokenize, SQUARE, spec="open_clip:siglip")
     x = pixels()
     assert hf.grid == ours.grid == (4, 4)
     for local in ("value", "tokens"):

@@ -20,7 +20,7 @@ from PIL import Image
 
 def hvl(backbone, **options):
     made = HVL(**({"epochs": 2, "batch_size": 8} | options))
-    made._set_backbone(backbone)
+    made.attach(backbone)
     return made
 
 

@@ -16,7 +16,7 @@ def source(image_folder):
 @pytest.fixture(scope="module")
 def detector(small_backbone, source):
     made = HVL(epochs=3)
-    made._set_backbone(small_backbone)
+    made.attach(small_backbone)
     return made.fit(source, progress=False)
 
 
@@ -70,7 +70,7 @@ def test_mistakes(small_backbone, source):
     with pytest.raises(UsageError, match="got 'mcm'"):
         explain(create_detector("mcm", backbone=small_backbone, class_names=["a", "b"]), image)
     raw = HVL()
-    raw._set_backbone(small_backbone)
+    raw.attach(small_backbone)
     with pytest.raises(NotFittedError):
         explain(raw, image)
 

@@ -63,7 +63,7 @@ def test_runs_are_those_of_the_detectors(layout, features, small_backbone):
     task = layout.tasks[1]
     parts = task.features(features)
     hvl = HVL(class_names=task.class_names, seed=3, **OPTIONS)
-    hvl._set_backbone(small_backbone)
+    hvl.attach(small_backbone)
     hvl.fit(parts["train"])
     (out,) = (part for name, part in parts.items() if name not in ("train", "test"))
     mine = {run["detector"]: run for run in runs if run["task"] == task.name and run["seed"] == 3}

@@ -725,23 +725,23 @@ class Toy(Backbone):
     def prefix(self, x):
         return x
 
-    _image_embedding = prefix
+    image_embedding = prefix
 
-    def _tokenize(self, texts):
+    def tokenize(self, texts):
         rows = [[1, *text.encode(), 255] for text in texts]
         return torch.tensor([row + [0] * (self.context_length - len(row)) for row in rows])
 
-    def _end_positions(self, ids):
+    def end_positions(self, ids):
         return ids.argmax(1)
 
-    def _embed_tokens(self, ids):
+    def embed_tokens(self, ids):
         return self.model[0](ids)
 
-    def _text_hidden(self, embeddings, end):
+    def text_hidden(self, embeddings, end):
         x = torch.tanh(embeddings.cumsum(1))
         return x[torch.arange(len(x)), end]
 
-    def _project_text(self, hidden):
+    def project_text(self, hidden):
         return hidden @ self.text_projection
 
     @property
@@ -757,7 +757,7 @@ def main(out):
     features = FeatureSet(ids=[str(i) for i in range(15)], labels=torch.arange(15) % 3,
         label_names=["ant", "bee", "wasp"], image=local[:, 0], local=local)
     detector = IIM(negative_prompts=4, context_length=3, epochs=3, batch_size=7, learning_rate=0.02)
-    detector._set_backbone(backbone)
+    detector.attach(backbone)
     detector.fit(features)
     losses = torch.tensor([epoch["loss"] for epoch in detector.history], dtype=torch.float64)
     found = detector.state | {"losses": losses, "scores": detector.score_features(features)}

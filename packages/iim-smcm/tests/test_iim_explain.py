@@ -30,7 +30,7 @@ def images():
 def trained(tiny, tmp_path_factory):
     folder = scenes.write_folder(scenes.render(NAMES, 4, size=64), tmp_path_factory.mktemp("shots"))
     detector = IIM(negative_prompts=2, epochs=1, class_names=NAMES)
-    detector._set_backbone(tiny)
+    detector.attach(tiny)
     return detector.fit(folder, progress=False)
 
 
@@ -42,7 +42,7 @@ def iim(trained):
 @pytest.fixture
 def smcm(tiny):
     detector = SMCM(class_names=["dog", "cat", "owl"])
-    detector._set_backbone(tiny)
+    detector.attach(tiny)
     return detector
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_explained_is_refused(smcm, tiny, images, tmp_path):
     with pytest.raises(UsageError, match="no backbone"):
         explain(SMCM(class_names=["dog", "cat"]), images[0])
     unfitted = IIM(class_names=NAMES)
-    unfitted._set_backbone(tiny)
+    unfitted.attach(tiny)
     with pytest.raises(NotFittedError, match="fit"):
         explain(unfitted, images[0])
     with pytest.raises(UsageError, match=r"'.*why\.jpg' must end in \.png"):

@@ -54,7 +54,7 @@ def photos(count=40, *, classes=5, seed=0, noise=40):
 
 def made(backbone, **options):
     detector = MoFE(**(QUICK | options))
-    detector._set_backbone(backbone)
+    detector.attach(backbone)
     return detector
 
 
@@ -566,7 +566,7 @@ def test_an_option_of_the_fit_takes_back_the_backbone(backbone, source, tmp_path
     assert detector.fitted
     assert detector.backbone.fingerprint != backbone.fingerprint
     loaded = Detector.from_pretrained(tmp_path).set_params(epochs=1)  # whose backbone has not been loaded
-    loaded._set_backbone(backbone)
+    loaded.attach(backbone)
     assert loaded.backbone.fingerprint == backbone.fingerprint
 
 

@@ -45,7 +45,7 @@ def source():
 @pytest.fixture(scope="module")
 def fitted(backbone, source):
     made = MoFE(**QUICK)
-    made._set_backbone(backbone)
+    made.attach(backbone)
     return made.fit(source, progress=False)
 
 
@@ -162,7 +162,7 @@ def test_banks_of_almost_nothing(detector, image, left):
 
 def test_one_block_for_all_classes_is_one_expert(backbone, source, image):
     made = MoFE(**QUICK, moe=False, mixup=False)
-    made._set_backbone(backbone)
+    made.attach(backbone)
     found = explain(made.fit(source, progress=False), image)
     assert found.experts == [Expert(0, 1.0, NAMES)]
 
@@ -257,7 +257,7 @@ def test_mistakes(backbone, image):
     with pytest.raises(UsageError, match="got 'knn'"):
         explain(create_detector("knn", backbone=backbone), image)
     raw = MoFE()
-    raw._set_backbone(backbone)
+    raw.attach(backbone)
     with pytest.raises(NotFittedError, match=r"call fit\(images\)"):
         explain(raw, image)
     with pytest.raises(UsageError, match="no backbone"):

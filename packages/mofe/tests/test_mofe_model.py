@@ -112,7 +112,7 @@ def test_at_first_the_class_token_is_the_backbones_own(make, options):
     network = network_of(backbone, changed=False, **options)
     tokens = tokens_of(backbone)
     single = tokens.dtype == torch.float32
-    project = getattr(backbone, "_project", lambda x: x)
+    project = getattr(backbone, "project", lambda x: x)
     expected = backbone.encode_image(pixels(backbone), normalize=False).to(tokens.dtype)
     for expert in (torch.zeros(5).long(), torch.tensor([2, 1, 0, 1, 2])):
         behind = network.class_token(tokens, expert, network.router_logits(tokens))

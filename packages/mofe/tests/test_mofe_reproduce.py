@@ -76,7 +76,7 @@ def bench(protocol, backbone, tmp_path):
 
 def trained(protocol, backbone, **options):
     made = MoFE(class_names=protocol.wnids, **(QUICK | {"experts": 3} | options))
-    made._set_backbone(backbone)
+    made.attach(backbone)
     return made.fit(protocol.by_wnid().train, progress=False)
 
 

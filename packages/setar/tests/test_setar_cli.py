@@ -411,7 +411,7 @@ def test_show_of_a_released_list(tmp_path, capsys):
 def test_edits_are_made_on_weights_that_are_not_rounded(edit, data, tmp_path, capsys, monkeypatch, caplog):
     """Whatever precision the machine prefers for scores."""
     monkeypatch.delenv("OOD_DTYPE")
-    monkeypatch.setattr("ood_core._devices.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("ood_core.devices.cpu_has_bfloat16", lambda: True)
     assert create_backbone("tiny").dtype == torch.bfloat16
     run(capsys, "apply", "--edit", edit, "--out", tmp_path / "model")
     assert {tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}

@@ -248,7 +248,7 @@ def test_new_options_drop_the_fit(clip, train, test):
         assert not made.fitted
         assert made.edit is None
         assert made.threshold is None
-        assert not made.backbone._edits
+        assert not made.backbone.edits
         with pytest.raises(NotFittedError, match="has not been fitted"):
             made.score(test)
         made.fit(train)
@@ -363,7 +363,7 @@ def test_a_loaded_detector_takes_its_backbone_in_any_form(saved, tiny, test):
         loaded = Detector.from_pretrained(folder, backbone=backbone)
         assert loaded.backbone.fingerprint == made.backbone.fingerprint
         assert torch.equal(loaded.score(test), scores)
-    assert not tiny._edits
+    assert not tiny.edits
 
 
 def test_a_loaded_detector_refuses_other_backbones(saved, clip, tiny):

@@ -202,7 +202,7 @@ def test_a_backbone_it_was_not_made_for(make, clip):
         with pytest.raises(UsageError, match=f"made for a backbone with fingerprint {clip.fingerprint[:12]}"):
             use(other)
     assert not differing(before, weights(other))
-    assert not other._edits
+    assert not other.edits
     assert replace(edit, fingerprint="").apply(other).fingerprint != other.fingerprint  # unknown: taken on trust
 
 

@@ -43,21 +43,21 @@ def pixels_of(backbone, source):
 def outputs(backbone, pixels):
     """Logits of images and cells by one plain pass through both towers; gradients flow."""
     tokens = backbone.prefix(pixels.to(backbone.dtype))
-    image = backbone._image_embedding(backbone._run_last_block(tokens))
-    local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
+    image = backbone.image_embedding(backbone._run_last_block(tokens))
+    local = backbone.local_embedding(backbone.layers()[-1].parts.value_path(tokens))
     if "prompts" not in backbone.capabilities:
-        return backbone._logits(image), backbone._logits(local)
+        return backbone.logits(image), backbone.logits(local)
     text = whole_text_pass(backbone, [f"a photo of a {name}" for name in CLASSES])
     return tuple(backbone.logit_scale * F.normalize(x, dim=-1) @ text.T for x in (image, local))
 
 
 def whole_text_pass(backbone, prompts):
     """Unit text features by every block on every token."""
-    embeddings, end = backbone._embed_texts(prompts)
-    x = backbone._add_positions(embeddings)
+    embeddings, end = backbone.embed_texts(prompts)
+    x = backbone.add_positions(embeddings)
     for layer in backbone.layers("text", x.shape[1]):
         x = layer(x)
-    return F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
+    return F.normalize(backbone.project_text(backbone.text_norm(x[torch.arange(len(x)), end])), dim=-1)
 
 
 def targets_of(source):
@@ -93,7 +93,7 @@ def state(backbone):
 
 def assert_untouched(backbone, before, fingerprint):
     assert backbone.fingerprint == fingerprint
-    assert not backbone._edits
+    assert not backbone.edits
     now = backbone.model.state_dict()
     assert now.keys() == before.keys()
     assert all(torch.equal(now[name], before[name]) for name in before)

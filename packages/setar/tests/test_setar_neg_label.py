@@ -347,7 +347,7 @@ class TestDetector:
             assert made.negative_words != before, change
             assert len(made.negative_words) == len(made.state["negatives"]) == count
             fresh = NegLabel(class_names=CLASSES, **made.get_params())
-            fresh._set_backbone(backbone)
+            fresh.attach(backbone)
             assert fresh.negative_words == made.negative_words
             torch.testing.assert_close(made.score_features(features), fresh.score_features(features))
 

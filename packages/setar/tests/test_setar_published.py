@@ -1,9 +1,9 @@
 """The paper's tables as data: complete, in range, and their averages those of their columns but for the listed ones."""
 
 import pytest
-from ood_core._protocols.catalog import catalog
 from ood_core.errors import UsageError
 from ood_core.protocols import list_protocols
+from ood_core.protocols.catalog import catalog
 from ood_setar._published import published_table
 
 FAR = ["iNaturalist", "SUN", "Places", "Texture"]

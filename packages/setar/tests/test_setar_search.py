@@ -46,20 +46,20 @@ def whole_pass(backbone, pixels, prompts):
     with torch.no_grad():
         tokens = backbone.prefix(pixels)
         behind = backbone._run_last_block(tokens)
-        image = backbone._image_embedding(behind)
+        image = backbone.image_embedding(behind)
         if backbone.pools_by_attention:
             pool = backbone.network.attn_pool
             patches = backbone.network.norm(behind).split(1, dim=1)
             local = torch.stack([pool(patch) for patch in patches], dim=1)  # each attended alone
         else:
-            local = backbone._local_embedding(backbone.layers()[-1].parts.value_path(tokens))
+            local = backbone.local_embedding(backbone.layers()[-1].parts.value_path(tokens))
         if prompts is None:
-            return backbone._logits(image), backbone._logits(local)
-        embeddings, end = backbone._embed_texts(prompts)
-        x = backbone._add_positions(embeddings)
+            return backbone.logits(image), backbone.logits(local)
+        embeddings, end = backbone.embed_texts(prompts)
+        x = backbone.add_positions(embeddings)
         for layer in backbone.layers("text", x.shape[1]):
             x = layer(x)
-        text = F.normalize(backbone._project_text(backbone._text_norm(x[torch.arange(len(x)), end])), dim=-1)
+        text = F.normalize(backbone.project_text(backbone.text_norm(x[torch.arange(len(x)), end])), dim=-1)
         return tuple(backbone.logit_scale * F.normalize(x, dim=-1) @ text.T for x in (image, local))
 
 
@@ -531,7 +531,7 @@ def fitted(make, photos, noisy=None):
     pixels = torch.stack([backbone.transform(image) for _, image in photos]).double()
     wanted = 12.0 * F.one_hot(torch.tensor([CLASSES.index(label) for label in LABELS]), 4).double()
     with torch.no_grad():
-        embedding = backbone._image_embedding(backbone._run_last_block(backbone.prefix(pixels)))
+        embedding = backbone.image_embedding(backbone._run_last_block(backbone.prefix(pixels)))
         head = torch.linalg.lstsq(embedding, wanted, driver="gelsd").solution
         backbone.model.head.weight.copy_(head.T)
         backbone.model.head.bias.zero_()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ood_core import check
-from ood_core._devices import cpu_has_bfloat16
+from ood_core.devices import cpu_has_bfloat16
 
 __all__ = ["distance_to_kth"]
 

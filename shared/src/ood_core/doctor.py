@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ood_core.backbones import _resolve_dtype
+from ood_core.backbones import resolve_dtype
 from ood_core.detectors import broken_detectors, detector_class, list_detectors
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _devices() -> dict[str, str]:
-    precision = str(_resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    precision = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     devices = {"cpu": f"{torch.get_num_threads()} threads, dtype auto = {precision}"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)

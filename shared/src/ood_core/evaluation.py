@@ -437,7 +437,7 @@ def _features_per_backbone(
         return
     groups: dict[str, tuple[Backbone, dict[str, Detector]]] = {}
     for name, detector in detectors.items():
-        backbone = detector._required_backbone()
+        backbone = detector.require_backbone()
         groups.setdefault(f"{backbone.fingerprint} {backbone.dtype}", (backbone, {}))[1][name] = detector
     source = open_source(data)
     for backbone, group in groups.values():

@@ -138,13 +138,13 @@ def r_mcm(
     )
     check.choice("form", form, ("paper", "released"))
     if form == "released" and negatives is not None:
-        matched = _released_image_to_text(local, text, negatives, k, temperature)
+        matched = released_image_to_text(local, text, negatives, k, temperature)
     else:
         matched = topk_patch_softmax(local, text, negatives, k=k, temperature=temperature).image_to_text
     return mcm(image, text, temperature=temperature) + matched
 
 
-def _released_image_to_text(
+def released_image_to_text(
     local: Tensor, text: Tensor, negatives: Tensor, k: int | Sequence[int], temperature: float
 ) -> Tensor:
     """Mean of the k largest softmax probabilities of exp(cosine / T) / T instead of cosine / T; of several k [N, K]."""

@@ -70,10 +70,11 @@ class ScoreColumn(Detector):
     def _score(self, features: FeatureSet) -> Tensor:
         raise UsageError("it is a column of a score table: use score_table(table), or `ood fuse FILE.parquet ...`.")
 
-    def _required_backbone(self) -> Backbone:
+    def require_backbone(self) -> Backbone:
+        """There is none."""
         raise UsageError("A fusion of score table columns sees no images: use score_table(table) or `ood fuse`.")
 
-    def _set_backbone(self, backbone: Backbone | str) -> None:
+    def attach(self, backbone: Backbone | str) -> None:
         """Has no use for one."""
 
 
@@ -430,7 +431,8 @@ class Fusion(Detector):
     # ---- options and storage
 
     @classmethod
-    def _option_names(cls) -> list[str]:
+    def option_names(cls) -> list[str]:
+        """All but the members."""
         return ["normalize", "combine", "weights"]
 
     def set_params(self, **params: Any) -> Self:
@@ -464,9 +466,10 @@ class Fusion(Detector):
         made.labelled_ood = config.get("labelled_ood")
         return made
 
-    def _set_backbone(self, backbone: Backbone | str) -> None:
+    def attach(self, backbone: Backbone | str) -> None:
+        """Give every member this backbone."""
         for member in self.members.values():
-            member._set_backbone(backbone)
+            member.attach(backbone)
 
 
 def _named(member: Detector | str) -> tuple[str, Detector]:

@@ -134,21 +134,21 @@ class HVL(TrainedDetector):
     @property
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """All but those of the score and of the memory."""
-        return frozenset(self._option_names()) - {"patch_mean", "encode_chunk"}
+        return frozenset(self.option_names()) - {"patch_mean", "encode_chunk"}
 
     # ---- backbone
 
-    def _set_backbone(self, backbone: Backbone | str) -> None:
+    def attach(self, backbone: Backbone | str) -> None:
         """Take a backbone, and give it the pyramid."""
         backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
         wide = backbone
-        if FEATURE not in backbone._extra:
+        if FEATURE not in backbone.added:
             options = {"source": self.pyramid_source, "resize": self.resize, "chunk": self.encode_chunk}
             self._plain = backbone
             wide = with_pyramid(backbone, self.n, **options)
-        elif backbone._extra[FEATURE][1] != (key := pyramid_key(self.n, self.pyramid_source, self.resize)):
-            raise UsageError(f"This backbone has a {backbone._extra[FEATURE][1]}, {self.name!r} needs a {key}.")
-        super()._set_backbone(wide)
+        elif backbone.added[FEATURE][1] != (key := pyramid_key(self.n, self.pyramid_source, self.resize)):
+            raise UsageError(f"This backbone has a {backbone.added[FEATURE][1]}, {self.name!r} needs a {key}.")
+        super().attach(wide)
 
     def set_params(self, **params: Any) -> Self:
         """Change options; the calibration is dropped, and the fitted state if it depended on them.
@@ -159,7 +159,7 @@ class HVL(TrainedDetector):
         super().set_params(**params)
         if self._plain is not None and {"n", "pyramid_source", "resize", "encode_chunk"} & set(params):
             self._backbone_record = {}
-            self._set_backbone(self._plain)
+            self.attach(self._plain)
         return self
 
     def _check_features(self, features: FeatureSet) -> None:
@@ -199,7 +199,7 @@ class HVL(TrainedDetector):
             DataError: labels that are missing, unknown or ambiguous, a class without images, or a loss that is no
                 longer finite.
         """
-        backbone = self._required_backbone()
+        backbone = self.require_backbone()
         images = images if isinstance(images, FeatureSet) else open_source(images)
         if isinstance(images, FeatureSet):
             self._check_features(images)
@@ -261,7 +261,7 @@ class HVL(TrainedDetector):
         """Embeddings of V orientations of N images, orientation after orientation, [V N, 1 + 5 n^2, d]."""
         if isinstance(images, ImageSource):
             source = TurnedViews(images, self.views) if self.views > 1 else images
-            images = extract(self._required_backbone(), source, self.needs, **loading)
+            images = extract(self.require_backbone(), source, self.needs, **loading)
         return images.extra[FEATURE]
 
     def _rows(self, labels: Tensor, views: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -304,16 +304,17 @@ class HVL(TrainedDetector):
             UsageError: features of another backbone or n.
         """
         self._check_scorable(features)
-        return self._trained(features)(features.extra[FEATURE])
+        return self.trained_model(features)(features.extra[FEATURE])
 
-    def _trained(self, features: FeatureSet) -> HVLModel:
+    def trained_model(self, features: FeatureSet) -> HVLModel:
+        """The trained layers, on the device of these features."""
         model = self._model(self.state["text"])
         model.load_state_dict(self.state)
         return model.to(features.extra[FEATURE].device)
 
     @torch.no_grad()
     def _combined(self, features: FeatureSet) -> tuple[Tensor, Tensor, Tensor]:
-        return self._trained(features)(features.extra[FEATURE]).combined(self.patch_mean)
+        return self.trained_model(features)(features.extra[FEATURE]).combined(self.patch_mean)
 
     def variants(self) -> dict[str, Self]:
         """This detector, and with the other mean over tiles, which needs no training of its own.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ood_core.data.decode import to_rgb
 from ood_core.errors import UsageError
 from ood_core.features import extract
 from ood_core.pictures import panels
@@ -98,14 +97,14 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
     if getattr(detector, "name", None) != "hvl":
         name = getattr(detector, "name", type(detector).__name__)
         raise UsageError(f"explain takes an 'hvl' detector, got {name!r}: its score has other parts.")
-    backbone = detector._required_backbone()
+    backbone = detector.require_backbone()
     features = extract(backbone, [image], detector.needs, progress=False)
     scales = detector.scales(features)
     probabilities, score, predicted = scales.combined(detector.patch_mean)
     n, transform = detector.n, backbone.transform
     shapes = ((n, n), (2 * n, 2 * n))
     return Explanation(
-        image=transform._crop(transform._resize(to_rgb(image))),
+        image=transform.frame(image),
         score=float(score),
         threshold=detector.threshold,
         is_ood=None if detector.threshold is None else bool(detector.is_ood(score.float().cpu())),
@@ -116,7 +115,7 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
         kept=(scales.keep1.view(shapes[0]).cpu(), scales.keep2.view(shapes[1]).cpu()),
         best_class=(scales.log_p[1].argmax(-1).view(shapes[0]).cpu(), scales.log_p[2].argmax(-1).view(shapes[1]).cpu()),
         gain=scales.gain().view(shapes[1]).cpu(),
-        pseudo_ood=detector._trained(features).select(scales)[0].tolist(),
+        pseudo_ood=detector.trained_model(features).select(scales)[0].tolist(),
         class_names=list(detector.class_names),
     )
 

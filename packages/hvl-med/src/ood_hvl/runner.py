@@ -140,12 +140,12 @@ def _judge(
     for name, (method, chosen) in methods.items():
         if method == "hvl":
             hvl = HVL(class_names=task.class_names, **chosen)
-            hvl._set_backbone(backbone)
+            hvl.attach(backbone)
             made |= hvl.fit(parts["train"], progress=False).variants()
         else:
             made[name] = create_detector(method, class_names=task.class_names, **chosen)
             if "text" in made[name].capabilities:
-                made[name]._set_backbone(backbone)
+                made[name].attach(backbone)
     named = {name: part for name, part in parts.items() if name not in ("train", "test")}
     found = evaluate(made, id=parts["test"], ood=named, fit=parts["train"], **options).results["detectors"]
     return [
@@ -160,8 +160,8 @@ def _judge(
 def _wide(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
     """The backbone with the pyramid of these options."""
     made = HVL(**options)
-    made._set_backbone(backbone)
-    return made._required_backbone()
+    made.attach(backbone)
+    return made.require_backbone()
 
 
 def summarise(runs: Sequence[Run], layout: Layout) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from ood_core.detectors.trained import TrainedDetector
 from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
-from ood_core.functional import _released_image_to_text, mcm, unsaturated_match
+from ood_core.functional import mcm, released_image_to_text, unsaturated_match
 from ood_core.ops import topk_patch_softmax
 from ood_core.training import train
 from PIL import Image
@@ -246,7 +246,7 @@ class IIM(TrainedDetector):
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """All but those of the score and of the memory."""
         others = {"k", "temperature", "alpha", "negatives", "form", "max_prompt_batch"}
-        return frozenset(self._option_names()) - others
+        return frozenset(self.option_names()) - others
 
     # ---- training
 
@@ -275,7 +275,7 @@ class IIM(TrainedDetector):
             DataError: images without labels, unknown or ambiguous labels, or a loss that is no longer finite.
             ValueError: `train_k` too large for the grid, or a class name too long for the text tower.
         """
-        backbone = self._required_backbone()
+        backbone = self.require_backbone()
         if isinstance(images, FeatureSet):
             self._check_features(images)
             if images.local.shape[-1] != backbone.width:
@@ -408,7 +408,7 @@ class IIM(TrainedDetector):
         star = topk_patch_softmax(features.local, local_text, k=ks, temperature=temperature)
         with_negatives = star.image_to_text
         if negatives is not None and self.form == "released":
-            with_negatives = _released_image_to_text(features.local, local_text, negatives, ks, temperature)
+            with_negatives = released_image_to_text(features.local, local_text, negatives, ks, temperature)
         elif negatives is not None:
             with_negatives = topk_patch_softmax(
                 features.local, local_text, negatives, k=ks, temperature=temperature
@@ -473,10 +473,10 @@ class IIM(TrainedDetector):
         contexts, negatives = tensors["context"], tensors["negative_context"]
         options |= {"negative_prompts": len(negatives), "context_length": contexts.shape[-2]}
         made = cls(class_names=class_names, **options)
-        made._set_backbone(backbone)
-        learner = made._learner(made._required_backbone())
+        made.attach(backbone)
+        learner = made._learner(made.require_backbone())
         learner.load(tensors)
-        made._take(made._required_backbone(), learner)
+        made._take(made.require_backbone(), learner)
         return made
 
 

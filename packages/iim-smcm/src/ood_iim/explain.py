@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from ood_core.data.decode import to_rgb
 from ood_core.detectors.zero_shot import default_k
 from ood_core.errors import UsageError
 from ood_core.features import extract
@@ -109,7 +108,7 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
     if getattr(detector, "name", None) not in ("s_mcm", "iim"):
         name = getattr(detector, "name", type(detector).__name__)
         raise UsageError(f"explain takes an 's_mcm' or 'iim' detector, got {name!r}: its score has other parts.")
-    backbone = detector._required_backbone()
+    backbone = detector.require_backbone()
     features = extract(backbone, [image], detector.needs, progress=False)
     # Both are there: these detectors read patches, and they classify.
     grid, predicted = cast(tuple[int, int], features.grid), int(cast(Tensor, detector.predict(features)))
@@ -120,7 +119,7 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
     (patches, classes), k = p.shape, default_k(detector.k, len(local))
     positive, ood = _mined(detector, local @ texts.local[predicted])
     return Explanation(
-        image=transform._crop(transform._resize(to_rgb(image))),
+        image=transform.frame(image),
         score=float(score),
         threshold=detector.threshold,
         is_ood=None if detector.threshold is None else bool(detector.is_ood(score)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from ood_core import check
-from ood_core.functional import _released_image_to_text, mcm
+from ood_core.functional import mcm, released_image_to_text
 from ood_core.ops import topk_patch_softmax
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def s_mcm(
     match = topk_patch_softmax(local, local_text, negatives, k=k, temperature=temperature)
     image_to_text = match.image_to_text
     if form == "released" and negatives is not None:
-        image_to_text = _released_image_to_text(local, local_text, negatives, k, temperature)
+        image_to_text = released_image_to_text(local, local_text, negatives, k, temperature)
     return mcm(image, global_text, temperature=temperature) + image_to_text + alpha * match.text_to_image
 
 

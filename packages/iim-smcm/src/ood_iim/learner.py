@@ -178,9 +178,9 @@ class PromptLearner(nn.Module):
 
 def _word_embeddings(backbone: Backbone, words: str) -> Tensor:
     """Token embeddings [n, D] of some words, without start and end marks."""
-    ids = backbone._tokenize([words.replace("_", " ")]).to(backbone.device)
-    end = int(backbone._end_positions(ids)[0])
+    ids = backbone.tokenize([words.replace("_", " ")]).to(backbone.device)
+    end = int(backbone.end_positions(ids)[0])
     if end < 2:
         raise UsageError(f"context_init={words!r} holds no word: give some, such as 'a photo of a', or None.")
     with torch.no_grad():
-        return backbone._embed_tokens(ids)[0, 1:end]
+        return backbone.embed_tokens(ids)[0, 1:end]

@@ -129,7 +129,7 @@ def trial(
         UsageError: the folder has a trial of other settings or images.
     """
     detector = IIM(class_names=sets.class_names, template=template, seed=seed, **options)
-    detector._set_backbone(backbone)
+    detector.attach(backbone)
     few = FewShot(sets.train, shots, seed)
     made = recipe(
         backbone,
@@ -158,7 +158,7 @@ def _trained(
     """Train, judge and save."""
     started = time.monotonic()
     checkpoint = folder / "checkpoint.safetensors"
-    images = extract(detector._required_backbone(), few, detector.needs, **extraction) if features else few
+    images = extract(detector.require_backbone(), few, detector.needs, **extraction) if features else few
     loading = {name: extraction[name] for name in ("cache", "workers") if name in extraction}
     detector.fit(images, checkpoint=checkpoint, **loading)
     seconds = time.monotonic() - started
@@ -286,7 +286,7 @@ def _components(
     features = (
         [data]
         if isinstance(data, FeatureSet)
-        else stream(detector._required_backbone(), data, detector.needs, **extraction)
+        else stream(detector.require_backbone(), data, detector.needs, **extraction)
     )
     for part in features:
         if len(part):

@@ -239,7 +239,7 @@ class MoFE(TrainedDetector):
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """Everything but what only the score depends on."""
         texts = {"texts"} if self.classifier == "linear" else set()
-        return frozenset(self._option_names()) - {"scorer", "k", "bank", "head", "cache_limit"} - texts
+        return frozenset(self.option_names()) - {"scorer", "k", "bank", "head", "cache_limit"} - texts
 
     @property
     def _has_heads(self) -> bool:
@@ -289,7 +289,7 @@ class MoFE(TrainedDetector):
         """
         if isinstance(images, FeatureSet):
             raise UsageError(f"{self.name!r} trains a part of the backbone: fit it on images, not on features.")
-        backbone = _plain(self._required_backbone())
+        backbone = _plain(self.require_backbone())
         source = open_source(images)
         labels = self._labels(source)
         if self._has_heads:
@@ -327,7 +327,7 @@ class MoFE(TrainedDetector):
     def _survey(self, split: Split, **extraction: Any) -> Survey:
         """What the frozen backbone says about the images."""
         router = {name: getattr(self, name) for name in _ROUTER}
-        return survey(_plain(self._required_backbone()), split, classes=len(self.class_names), **extraction, **router)
+        return survey(_plain(self.require_backbone()), split, classes=len(self.class_names), **extraction, **router)
 
     def _class_rows(self, backbone: Backbone) -> Tensor | None:
         """Text features [C, d] that tell the classes apart; None where that is learned."""
@@ -369,7 +369,7 @@ class MoFE(TrainedDetector):
             self.state["logit_scale"] = torch.tensor(backbone.logit_scale)
         self._backbone_record = {}
         self._use(backbone)
-        features = extract(self._required_backbone(), split.part(split.rows), _FEATURES, **extraction)
+        features = extract(self.require_backbone(), split.part(split.rows), _FEATURES, **extraction)
         expert = self._expert(features)
         order = expert.argsort(stable=True)
         bank = F.normalize(features.extra["token"], dim=1)[order]
@@ -426,7 +426,7 @@ class MoFE(TrainedDetector):
             if "texts" in params:
                 self.state = {name: value for name, value in self.state.items() if name not in ("yes", "no")}
             if params.get("texts"):
-                self.state |= self._read_texts(self._required_backbone())
+                self.state |= self._read_texts(self.require_backbone())
             self._mention_small_banks({bank: size for bank, size in self._small_banks().items() if bank not in small})
         elif self._backbone is not None:
             self._backbone_record = {}
@@ -443,7 +443,7 @@ class MoFE(TrainedDetector):
         if self.classifier == "text":
             backbone.require("text")
 
-    def _set_backbone(self, backbone: Backbone | str) -> None:
+    def attach(self, backbone: Backbone | str) -> None:
         """Take a backbone, and put the experts behind its trunk if there are some."""
         self._use(_plain(create_backbone(backbone) if isinstance(backbone, str) else backbone))
 
@@ -454,7 +454,7 @@ class MoFE(TrainedDetector):
                 f"Detector {self.name!r} was made with backbone {self._backbone_record['spec']!r} ({expected[:12]}), "
                 f"not with {base.spec!r} ({base.fingerprint[:12]}). Fit it again."
             )
-        super()._set_backbone(self._with_experts(base) if self.state else base)
+        super().attach(self._with_experts(base) if self.state else base)
         if self.state:
             self._backbone_record["base"] = base.fingerprint
 
@@ -466,7 +466,7 @@ class MoFE(TrainedDetector):
         """
         if not self.fitted:
             raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
-        return self._loaded(_plain(self._required_backbone()))
+        return self._loaded(_plain(self.require_backbone()))
 
     def _loaded(self, base: Backbone) -> MoFENetwork:
         texts = self.state["model.readout.global_head.weight"] if self.classifier == "text" else None
@@ -598,5 +598,5 @@ def _factor(name: str, value: float) -> float:
 def _plain(backbone: Backbone) -> Backbone:
     """The backbone without the features of an earlier fit."""
     twin = copy.copy(backbone)
-    twin._extra = {name: made for name, made in backbone._extra.items() if name not in _FEATURES}
+    twin.added = {name: made for name, made in backbone.added.items() if name not in _FEATURES}
     return twin

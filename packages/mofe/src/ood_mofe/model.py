@@ -463,7 +463,7 @@ class MoFENetwork(nn.Module):
 def image_projection(backbone: Backbone, width: int) -> Tensor:
     """The linear map [D, d] from class tokens behind the final norm to the space of the texts."""
     rows = torch.eye(width, device=backbone.device, dtype=backbone.dtype)
-    return backbone._project(rows)  # type: ignore[attr-defined]  # all with texts have it
+    return backbone.project(rows)  # type: ignore[attr-defined]  # all with texts have it
 
 
 def check_ways(*, top_k: int, gate: str, **chosen: str) -> None:

@@ -241,7 +241,7 @@ class Crops:
 
 @torch.no_grad()
 def _prefix(backbone: Backbone, blocks: int, pixels: Tensor) -> Tensor:
-    return backbone.prefix(backbone._pixels(pixels), blocks)
+    return backbone.prefix(backbone.prepare(pixels), blocks)
 
 
 # ---- draws

@@ -86,7 +86,7 @@ def new_detector(
         template: prompt of a class; None is the detector's own.
         options: of any detector.
     """
-    known = detector_class(name)._option_names()
+    known = detector_class(name).option_names()
     mine = {key: value for key, value in options.items() if key in known}
     return create_detector(name, backbone=backbone, class_names=class_names, template=template, **mine)
 

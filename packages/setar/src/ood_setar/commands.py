@@ -225,7 +225,7 @@ def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], sourc
     from ood_setar._steps import new_detector
 
     given = parse_params(args.param)
-    known = {option for name in args.detector for option in detector_class(name)._option_names()}
+    known = {option for name in args.detector for option in detector_class(name).option_names()}
     if unused := sorted(given.keys() - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
     names = class_names_of(args, id_test=source)

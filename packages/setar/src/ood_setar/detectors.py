@@ -107,7 +107,7 @@ class SeTAR(Detector):
     @property
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """Every option: the edit or the score depends on it."""
-        return frozenset(self._option_names())
+        return frozenset(self.option_names())
 
     # ---- fitting
 
@@ -144,7 +144,8 @@ class SeTAR(Detector):
         if self.finetune_epochs and any(edit.ratios.values()):
             common |= {"learning_rate": self.learning_rate, "batch_size": self.batch_size}
             edit = finetune(backbone, images, edit, epochs=self.finetune_epochs, **common)
-        self.use(edit)._remember(open_source(images))
+        self.use(edit)
+        self._remember(open_source(images))
         return self
 
     def use(self, edit: SeTAREdit) -> Self:
@@ -164,7 +165,7 @@ class SeTAR(Detector):
         made = edit.record.get("search") or edit.record.get("finetune") or {}
         class_names = self._given_names or list(made.get("class_names", []))
         inner = self._new_inner(class_names)
-        inner._set_backbone(edited)
+        inner.attach(edited)
         if not inner.fitted:
             raise UsageError(
                 f"{self.scorer!r} would have to be fitted itself: take a score that need not, such as 'mcm'."
@@ -195,22 +196,22 @@ class SeTAR(Detector):
     # ---- backbone
 
     def _unedited(self) -> Backbone:
-        backbone = self._required_backbone()  # loads a recorded one, and edits it
+        backbone = self.require_backbone()  # loads a recorded one, and edits it
         return self._original or backbone
 
     def _attach(self, backbone: Backbone) -> None:
-        backbone.require(*sorted({"image", "local", "blocks"} | self._inner._asks(backbone)))
+        backbone.require(*sorted({"image", "local", "blocks"} | self._inner.asks_of(backbone)))
 
-    def _set_backbone(self, backbone: Backbone | str) -> None:
+    def attach(self, backbone: Backbone | str) -> None:
         """Take an edited backbone, or edit the one given."""
         backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
-        original = None if backbone._edits else backbone
+        original = None if backbone.edits else backbone
         if self.edit is not None and original is not None:
             backbone = self.edit.apply(original)
         self._take(backbone, original)
 
     def _take(self, backbone: Backbone, original: Backbone | None) -> None:
-        super()._set_backbone(backbone)
+        super().attach(backbone)
         self._original = original
         if self.edit is not None:
             # The edit is saved with the detector: what loads the rest is the original's name.

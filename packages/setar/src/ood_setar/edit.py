@@ -124,17 +124,17 @@ class SeTAREdit:
 
     def _sign(self, backbone: Backbone, name: str) -> None:
         """Fingerprint a changed weight by what was done to it: its bits depend on the machine and the precision."""
-        if name in backbone._edits:  # else it is the same again, as at LoRA's start
+        if name in backbone.edits:  # else it is the same again, as at LoRA's start
             done: list[Any] = [dropped_rank(backbone.linear(name).weight.shape, self.ratios[name]), self.drop]
             done += [self.seed] * (self.drop == "random") + [self.scale] * (name in self.factors)
             factors = zip("BA", self.factors.get(name, ()), strict=False)
-            original, _ = backbone._edits[name]
-            backbone._edits[name] = (original, hash_tensors(factors, json.dumps(done)))
+            original, _ = backbone.edits[name]
+            backbone.edits[name] = (original, hash_tensors(factors, json.dumps(done)))
 
     def _check(self, backbone: Backbone) -> None:
-        if backbone._edits:
+        if backbone.edits:
             raise UsageError(
-                f"Backbone {backbone.spec!r} is edited already ({', '.join(sorted(backbone._edits)[:3])}, ...): an "
+                f"Backbone {backbone.spec!r} is edited already ({', '.join(sorted(backbone.edits)[:3])}, ...): an "
                 "edit belongs on the original weights."
             )
         if self.fingerprint and self.fingerprint != backbone.fingerprint:

@@ -319,14 +319,14 @@ class _TrainMode:
 def _forward(backbone: Backbone, prompts: list[str] | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Pixels -> scaled logits of images and cells; both towers run, with gradients."""
     with torch.no_grad():
-        words = None if prompts is None else backbone._embed_texts(prompts)
+        words = None if prompts is None else backbone.embed_texts(prompts)
 
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            x = backbone.embed(backbone._pixels(pixels))
+            x = backbone.embed(backbone.prepare(pixels))
         for layer in backbone.layers()[:-1]:
             x = layer(x)
-        text = None if words is None else text_features(backbone, backbone._text_hidden(*words))
+        text = None if words is None else text_features(backbone, backbone.text_hidden(*words))
         return logits(backbone, *image_features(backbone, x), text)
 
     return forward

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from ood_core.data.decode import printable
-from ood_core.data.sources import ImageSource, PathLike, _Files
+from ood_core.data.sources import FileSource, ImageSource, PathLike
 from ood_core.errors import DataError, MissingDataError
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def read_list(path: PathLike, root: PathLike) -> ImageSource:
     return source
 
 
-class _ListedImages(_Files):
+class _ListedImages(FileSource):
     """Files below `root`; ids and labels as `ImageFolder` would have them."""
 
     def __init__(self, files: list[str], root: str) -> None:

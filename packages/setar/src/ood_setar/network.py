@@ -167,7 +167,7 @@ class Network:
         self.backbone = backbone
         options = {"batch_size": batch_size, "memory": memory}
         with torch.no_grad():
-            first = torch.cat([backbone.embed(backbone._pixels(part)) for part in pixels.split(batch_size)])
+            first = torch.cat([backbone.embed(backbone.prepare(part)) for part in pixels.split(batch_size)])
             self.towers = {"visual": Tower(backbone.layers(), first, self._finish_images, **options)}
             if prompts is not None:
                 self.towers["text"] = self._text_tower(list(prompts), options)
@@ -179,9 +179,9 @@ class Network:
         return len(self.towers["visual"])
 
     def _text_tower(self, prompts: list[str], options: dict[str, int]) -> Tower:
-        embeddings, self._ends = self.backbone._embed_texts(prompts)
+        embeddings, self._ends = self.backbone.embed_texts(prompts)
         layers = self.backbone.layers("text", embeddings.shape[1])
-        return Tower(layers, self.backbone._add_positions(embeddings), self._finish_texts, **options)
+        return Tower(layers, self.backbone.add_positions(embeddings), self._finish_texts, **options)
 
     # ---- features
 
@@ -262,7 +262,7 @@ def image_features(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
     # Where the class token alone is read, the other tokens' MLP is not.
     parts = layer.parts
     behind = parts.feed_forward(parts.attend(x)[:, :1]) if backbone.reads_class_token else layer.block(x)
-    image, local = backbone._image_embedding(behind), backbone._value_embedding(x, behind)
+    image, local = backbone.image_embedding(behind), backbone.value_embedding(x, behind)
     if "prompts" not in backbone.capabilities:
         return image, local
     return F.normalize(image, dim=-1), F.normalize(local, dim=-1)
@@ -270,12 +270,12 @@ def image_features(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def text_features(backbone: Backbone, hidden: Tensor) -> Tensor:
     """Unit text features [n, d] of what the text tower gives before its projection, [n, D]."""
-    return F.normalize(backbone._project_text(hidden), dim=-1)
+    return F.normalize(backbone.project_text(hidden), dim=-1)
 
 
 def logits(backbone: Backbone, image: Tensor, local: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scaled logits [n, C] and [n, P, C] of features; of the classifier head where there are no texts."""
     if text is None:
-        return backbone._logits(image), backbone._logits(local)
+        return backbone.logits(image), backbone.logits(local)
     scaled = backbone.logit_scale * text.T
     return image @ scaled, local @ scaled

@@ -589,7 +589,7 @@ def find_mistakes(number: int, bench: Bench, scores: Sequence[str]) -> None:
     """
     known = [*options_of(search), *options_of(finetune), *options_of(lora)]
     fixed = {score: _fixed(score) for score in scores}
-    known += [option for name, _ in fixed.values() for option in detector_class(name)._option_names()]
+    known += [option for name, _ in fixed.values() for option in detector_class(name).option_names()]
     known = [name for name in known if name not in _OWN]
     for name in bench.params:
         if name not in known:
@@ -675,7 +675,7 @@ def _fixed(score: str) -> tuple[str, dict[str, Any]]:
         UsageError: an unknown detector, one without a temperature, or one that is no number above 0.
     """
     name, at, temperature = score.partition("@")
-    known = detector_class(name)._option_names()
+    known = detector_class(name).option_names()
     if not at:
         return name, {}
     try:

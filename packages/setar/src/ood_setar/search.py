@@ -169,7 +169,7 @@ def search(
     """
     candidates = _candidates(ratios)
     backbone.require("blocks", "local")
-    if backbone._edits:
+    if backbone.edits:
         raise UsageError(f"Backbone {backbone.spec!r} is edited already: an edit belongs on the original weights.")
     order = order or ("visual_text" if "prompts" in backbone.capabilities else "visual_only")
     names = visiting_order(backbone.linears(), kind=kind, order=order, include_projection=include_projection)
@@ -316,7 +316,7 @@ def _classes_of(backbone: Backbone, source: ImageSource, class_names: Sequence[s
     names = list(class_names or backbone.label_names or source.label_names)
     blank = torch.zeros(1, backbone.width, device=backbone.device, dtype=backbone.dtype)
     with torch.no_grad():
-        outputs = backbone._logits(blank).shape[-1]
+        outputs = backbone.logits(blank).shape[-1]
     if len(names) != outputs:
         given = "class_names" if class_names else "labels of these images"
         raise DataError(
@@ -423,7 +423,7 @@ class Trials:
         self.network = Network(copy, data.pixels, prompts, batch_size=batch_size, memory=memory)
         self.labels = data.labels.to(copy.device)
         self.objective, self.drop, self.seed = objective, drop, seed
-        self._decomposed: dict[str, tuple[Tensor, ...]] = {}
+        self.decomposed: dict[str, tuple[Tensor, ...]] = {}
 
     def weight(self, name: str, ratio: float) -> Tensor:
         """The original weight without a share of its singular values; decomposed once."""
@@ -431,9 +431,9 @@ class Trials:
         rank = dropped_rank(original.shape, ratio)
         if not rank:
             return original.clone()
-        if name not in self._decomposed:
-            self._decomposed[name] = torch.linalg.svd(original, full_matrices=False)
-        return compose(self._decomposed[name], rank, drop=self.drop, generator=draw(self.seed, name))
+        if name not in self.decomposed:
+            self.decomposed[name] = torch.linalg.svd(original, full_matrices=False)
+        return compose(self.decomposed[name], rank, drop=self.drop, generator=draw(self.seed, name))
 
     def measure(self, name: str, ratios: Sequence[float]) -> Measured:
         """The objective's figures for every ratio of a weight that is not decided yet."""
@@ -449,7 +449,7 @@ class Trials:
         """Decide a weight."""
         if dropped_rank(self.network.backbone.linear(name).weight.shape, ratio):
             self.network.commit(name, self.weight(name, ratio), refresh=refresh)
-        self._decomposed.pop(name, None)
+        self.decomposed.pop(name, None)
 
 
 @dataclass

@@ -79,7 +79,7 @@ def create_backbone(
     if library not in BACKBONES.entries or (library == "tiny") == bool(name):
         raise unknown_name("backbone", spec, list_backbones())
     device = _resolve_device(device)
-    precision = _resolve_dtype(dtype, device)
+    precision = resolve_dtype(dtype, device)
     spec = located(spec)
     backbone: Backbone = BACKBONES.load(library)(spec.partition(":")[2], spec=spec)
     if edit is not None:
@@ -128,10 +128,10 @@ def _device_count(kind: str) -> int:
     return int(count()) if count is not None else 0
 
 
-def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     import torch
 
-    from ood_core._devices import cpu_has_bfloat16
+    from ood_core.devices import cpu_has_bfloat16
 
     if isinstance(dtype, torch.dtype):
         return dtype

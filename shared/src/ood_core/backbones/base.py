@@ -181,11 +181,11 @@ class Backbone(ABC):
         self.model: Any = model.eval().requires_grad_(False)
         self.transform = transform
         self._hash = hash_tensors(model.state_dict().items(), repr(model))
-        self._edits: dict[str, tuple[str, str]] = {}  # name -> hashes of the original and the edited weight
-        self._texts: dict[str, Tensor] = {}
+        self.edits: dict[str, tuple[str, str]] = {}  # name -> hashes of the original and the edited weight
+        self.texts_seen: dict[str, Tensor] = {}
         self._words: dict[Any, tuple[Tensor, Tensor]] = {}
         self._prompt_chunk = 256
-        self._extra: dict[str, tuple[_ExtraFeatures, str]] = {}  # name -> (what computes it, what it depends on)
+        self.added: dict[str, tuple[_ExtraFeatures, str]] = {}  # name -> (what computes it, what it depends on)
 
     # ---- what an adapter provides
 
@@ -231,18 +231,18 @@ class Backbone(ABC):
         raise self._lacks("blocks")
 
     @abstractmethod
-    def _image_embedding(self, tokens: Tensor) -> Tensor:
+    def image_embedding(self, tokens: Tensor) -> Tensor:
         """[B, d] from the tokens behind the last block, not normalised."""
 
-    def _local_embedding(self, tokens: Tensor) -> Tensor:
+    def local_embedding(self, tokens: Tensor) -> Tensor:
         """[B, P, d] from tokens behind the last block (or its value path), not normalised."""
         raise self._lacks("local")
 
-    def _pool_values(self, tokens: Tensor) -> Tensor:
+    def pool_values(self, tokens: Tensor) -> Tensor:
         """[B, P, d] from the tokens behind the last block: the pool as if it attended to one patch alone."""
         raise self._lacks("local")
 
-    def _value_embedding(self, tokens: Tensor, behind: Tensor) -> Tensor:
+    def value_embedding(self, tokens: Tensor, behind: Tensor) -> Tensor:
         """[B, P, d] of the value path, not normalised.
 
         Args:
@@ -250,37 +250,38 @@ class Backbone(ABC):
             behind: its output tokens, which a pool's value path starts from.
         """
         if self.pools_by_attention:
-            return self._pool_values(behind)
-        return self._local_embedding(self.layers()[-1].parts.value_path(tokens))
+            return self.pool_values(behind)
+        return self.local_embedding(self.layers()[-1].parts.value_path(tokens))
 
-    def _logits(self, embedding: Tensor) -> Tensor:
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Logits [..., C] of the classifier head from embeddings [..., d] that are not normalised."""
         raise self._lacks("logits")
 
     def _linears(self) -> Iterator[NamedLinear]:
         """Every named weight, top level names without a layer last."""
         return iter(())
 
-    def _tokenize(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids int64 [N, L] of a causal tower, padded behind the end mark."""
         raise self._lacks("text")
 
-    def _end_positions(self, ids: Tensor) -> Tensor:
+    def end_positions(self, ids: Tensor) -> Tensor:
         """Index of the token that is read as the text's embedding, int64 [N]."""
         raise self._lacks("text")
 
-    def _embed_tokens(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token embeddings [N, L, D] without positions."""
         raise self._lacks("text")
 
-    def _add_positions(self, embeddings: Tensor) -> Tensor:
+    def add_positions(self, embeddings: Tensor) -> Tensor:
         """Input tokens [N, L, D] of the first text block."""
         raise self._lacks("text")
 
-    def _text_norm(self, hidden: Tensor) -> Tensor:
+    def text_norm(self, hidden: Tensor) -> Tensor:
         """The norm [N, D] behind the last text block."""
         raise self._lacks("text")
 
-    def _project_text(self, hidden: Tensor) -> Tensor:
+    def project_text(self, hidden: Tensor) -> Tensor:
         """[N, d] from [N, D], not normalised."""
         raise self._lacks("text")
 
@@ -292,7 +293,7 @@ class Backbone(ABC):
     def copy(self) -> Self:
         """An independent backbone with the same weights."""
         twin = self._twin(copy.deepcopy(self.model))
-        twin._hash, twin._edits, twin.decisions = self._hash, dict(self._edits), self.decisions
+        twin._hash, twin.edits, twin.decisions = self._hash, dict(self.edits), self.decisions
         # Read before the weights were rounded.
         twin.logit_scale, twin.logit_bias = self.logit_scale, self.logit_bias
         # Features that a method adds are computed from the original's weights: the copy goes without them.
@@ -327,10 +328,10 @@ class Backbone(ABC):
             >>> bright.encode(torch.zeros(2, 3, 64, 64), {"mean"})["mean"].shape
             torch.Size([2, 3])
         """
-        if taken := set(names) & {*FEATURES, *self._extra}:
+        if taken := set(names) & {*FEATURES, *self.added}:
             raise ValueError(f"This backbone has a feature {sorted(taken)[0]!r} already: give another name.")
         twin = copy.copy(self)
-        twin._extra = self._extra | dict.fromkeys(names, (compute, key))
+        twin.added = self.added | dict.fromkeys(names, (compute, key))
         twin.capabilities = self.capabilities | set(names)
         twin.transform = transform or self.transform
         return twin
@@ -407,9 +408,9 @@ class Backbone(ABC):
         needs = self.check_needs(needs)
         if local not in ("value", "tokens"):
             raise ValueError(f"local={local!r} must be 'value' or 'tokens'.")
-        pixels = self._pixels(x)
+        pixels = self.prepare(x)
         out: dict[str, Tensor] = {}
-        for compute, _ in {self._extra[name] for name in needs & set(self._extra)}:
+        for compute, _ in {self.added[name] for name in needs & set(self.added)}:
             out |= {name: value for name, value in compute(x.to(self.device)).items() if name in needs}
         if not needs & set(FEATURES):
             return out
@@ -417,17 +418,17 @@ class Backbone(ABC):
         whole = local == "tokens" or self.pools_by_attention or not needs.isdisjoint({"image", "logits"})
         full = self._run_last_block(tokens) if whole else tokens
         if "image" in needs or "logits" in needs:
-            embedding = self._image_embedding(full)
+            embedding = self.image_embedding(full)
             if "image" in needs:
                 out["image"] = _finish(embedding, normalize)
             if "logits" in needs:
-                out["logits"] = self._logits(embedding).float()
+                out["logits"] = self.logits(embedding).float()
         if not needs.isdisjoint({"local", "local_logits"}):
-            patches = self._value_embedding(tokens, full) if local == "value" else self._local_embedding(full)
+            patches = self.value_embedding(tokens, full) if local == "value" else self.local_embedding(full)
             if "local" in needs:
                 out["local"] = _finish(patches, normalize)
             if "local_logits" in needs:
-                out["local_logits"] = self._logits(patches).float()
+                out["local_logits"] = self.logits(patches).float()
         return out
 
     def encode_image(self, x: Tensor, *, normalize: bool = True) -> Tensor:
@@ -461,7 +462,12 @@ class Backbone(ABC):
     def _run_last_block(self, tokens: Tensor) -> Tensor:
         return self.last_block(tokens) if "blocks" in self.capabilities else tokens
 
-    def _pixels(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
+        """Transformed images [B, 3, H, W], looked at once, on the backbone's device and in its precision.
+
+        Raises:
+            ValueError: another shape than the transform gives, or NaN.
+        """
         height, width = self.transform.crop
         if not isinstance(x, Tensor) or x.ndim != 4 or list(x.shape[1:]) != [3, height, width]:
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -490,13 +496,13 @@ class Backbone(ABC):
         texts = _text_list(texts)
         state = [self.fingerprint, str(self.device), str(self.dtype), texts]
         key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
-        if key not in self._texts:
+        if key not in self.texts_seen:
             chunks = [texts[i : i + self._prompt_chunk] for i in range(0, len(texts), self._prompt_chunk)]
             if warn:
                 self._warn_of_cuts(texts)
-            self._texts = dict(list(self._texts.items())[-7:])
-            self._texts[key] = torch.cat([self._encode_text_chunk(chunk) for chunk in chunks])
-        return _finish(self._texts[key].clone(), normalize)
+            self.texts_seen = dict(list(self.texts_seen.items())[-7:])
+            self.texts_seen[key] = torch.cat([self._encode_text_chunk(chunk) for chunk in chunks])
+        return _finish(self.texts_seen[key].clone(), normalize)
 
     def cut_texts(self, texts: Sequence[str]) -> list[int]:
         """Indices of the texts that are longer than the text tower reads, so that `encode_text` drops their end.
@@ -518,7 +524,7 @@ class Backbone(ABC):
         if self.tokenizer is None:
             return []
         first: dict[bytes, int] = {}
-        rows = [row.numpy().tobytes() for row in self._tokenize(list(texts))]
+        rows = [row.numpy().tobytes() for row in self.tokenize(list(texts))]
         return [(first[row], i) for i, row in enumerate(rows) if first.setdefault(row, i) != i]
 
     def _warn_of_cuts(self, texts: list[str]) -> None:
@@ -531,19 +537,19 @@ class Backbone(ABC):
             )
 
     def _encode_text_chunk(self, texts: list[str]) -> Tensor:
-        embeddings, end = self._embed_texts(texts)
-        return self._project_text(self._text_hidden(embeddings, end)).float()
+        embeddings, end = self.embed_texts(texts)
+        return self.project_text(self.text_hidden(embeddings, end)).float()
 
-    def _embed_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def embed_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token embeddings [N, L, D] without positions, and the end positions [N]."""
-        ids = self._tokenize(texts).to(self.device)
-        end = self._end_positions(ids)
+        ids = self.tokenize(texts).to(self.device)
+        end = self.end_positions(ids)
         ids = ids[:, : int(end.max()) + 1]  # exact: no token sees what comes behind it
-        return self._embed_tokens(ids), end
+        return self.embed_tokens(ids), end
 
-    def _text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
+    def text_hidden(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """[N, D] from token embeddings [N, L, D], read at position `end` [N], before the text projection."""
-        x = self._add_positions(embeddings)
+        x = self.add_positions(embeddings)
         for layer in self.layers("text", x.shape[1])[:-1]:
             x = layer(x)
         return self.text_tail(x, end)
@@ -561,7 +567,7 @@ class Backbone(ABC):
         last = self.layers("text", tokens.shape[1])[-1]
         # Of the last block only the end marks are read, so its MLP, two thirds of its work, sees no other token.
         read = last.parts.attend(tokens)[torch.arange(len(tokens), device=tokens.device), end]
-        return self._text_norm(last.parts.feed_forward(read))
+        return self.text_norm(last.parts.feed_forward(read))
 
     def encode_prompts(
         self,
@@ -590,7 +596,7 @@ class Backbone(ABC):
         names = [name.replace("_", " ") for name in _text_list(class_names, empty=True)]
         if context.ndim == 2:
             context = context.expand(len(names), -1, -1)
-        words, end = self._prompt_words(tuple(names))
+        words, end = self.prompt_words(tuple(names))
         if context.ndim != 3 or len(context) != len(names) or context.shape[-1] != words.shape[-1]:
             raise ValueError(
                 f"context must be [n, {words.shape[-1]}] or [{len(names)}, n, {words.shape[-1]}], "
@@ -612,20 +618,20 @@ class Backbone(ABC):
         features = torch.cat([encode(context[i], words[i], end[i], projection) for i in order.split(size)])
         return F.normalize(features[order.argsort()], dim=-1)
 
-    def _prompt_words(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def prompt_words(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Token embeddings [C, L, D] of "NAME." and their end positions [C], kept for the next step of a training."""
         key = (self.fingerprint, str(self.device), str(self.dtype), names)
         if key not in self._words:
             with torch.no_grad():
-                words, end = self._embed_texts([f"{name}." for name in names])
+                words, end = self.embed_texts([f"{name}." for name in names])
             self._words = dict(list(self._words.items())[-3:]) | {key: (words, end)}
         return self._words[key]
 
     def _encode_prompt_chunk(self, context: Tensor, words: Tensor, end: Tensor, projection: Tensor | None) -> Tensor:
         prompts = torch.cat([words[:, :1], context, words[:, 1:]], 1)
-        hidden = self._text_hidden(prompts[:, : int(end.max()) + 1], end)
+        hidden = self.text_hidden(prompts[:, : int(end.max()) + 1], end)
         if projection is None:
-            features = self._project_text(hidden)
+            features = self.project_text(hidden)
         else:
             features = hidden.to(projection.dtype) @ projection.to(hidden.device)
         return features if features.dtype == torch.float64 else features.float()
@@ -656,16 +662,16 @@ class Backbone(ABC):
 
     def _record_edit(self, linear: NamedLinear, before: Tensor) -> None:
         now = hash_tensors([(linear.name, linear.weight)])
-        original, _ = self._edits.get(linear.name) or (hash_tensors([(linear.name, before)]), "")
-        self._edits[linear.name] = (original, now)
+        original, _ = self.edits.get(linear.name) or (hash_tensors([(linear.name, before)]), "")
+        self.edits[linear.name] = (original, now)
         if now == original:
-            del self._edits[linear.name]
+            del self.edits[linear.name]
 
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of architecture and weights; changes with an edit and returns when it is undone."""
-        edits = sorted((name, now) for name, (_, now) in self._edits.items())
-        added = [sorted({key for _, key in self._extra.values()})] if self._extra else []
+        edits = sorted((name, now) for name, (_, now) in self.edits.items())
+        added = [sorted({key for _, key in self.added.values()})] if self.added else []
         return hashlib.sha256(json.dumps([self._hash, edits, *added]).encode()).hexdigest()
 
     # ---- capabilities
@@ -676,7 +682,7 @@ class Backbone(ABC):
         Raises:
             UsageError: an unknown feature, or one the backbone does not have.
         """
-        known = [*FEATURES, *self._extra]
+        known = [*FEATURES, *self.added]
         if unknown := set(needs) - set(known):
             raise unknown_name("feature", sorted(unknown)[0], known)
         self.require(*sorted(needs))

@@ -62,7 +62,7 @@ class OpenCLIPBackbone(Backbone):
             self.context_length = self.text.context_length
         self.capabilities = frozenset(capabilities)
         if "blocks" not in capabilities:
-            self.width = _output_width(lambda x: self._image_embedding(self.embed(x)), transform, model.logit_scale)
+            self.width = _output_width(lambda x: self.image_embedding(self.embed(x)), transform, model.logit_scale)
 
     def _twin(self, model: nn.Module) -> Self:
         return type(self)(model, self.tokenizer, self.transform, spec=self.spec)
@@ -109,33 +109,33 @@ class OpenCLIPBackbone(Backbone):
         self.require("blocks")
         return self.visual.ln_post
 
-    def _image_embedding(self, tokens: Tensor) -> Tensor:
+    def image_embedding(self, tokens: Tensor) -> Tensor:
         if "blocks" not in self.capabilities:
             return tokens if self._pooled is None else self._pooled.image(tokens)
-        return self._project(self.visual._pool(tokens)[0])
+        return self.project(self.visual._pool(tokens)[0])
 
     @property
     def pools_by_attention(self) -> bool:
         """Whether the tower's embedding is an attention pool over all its tokens."""
         return self._pooled is not None
 
-    def _pool_values(self, tokens: Tensor) -> Tensor:
-        return self._local_embedding(tokens)
+    def pool_values(self, tokens: Tensor) -> Tensor:
+        return self.local_embedding(tokens)
 
-    def _local_embedding(self, tokens: Tensor) -> Tensor:
+    def local_embedding(self, tokens: Tensor) -> Tensor:
         if self._pooled is not None:
             return self._pooled.local(tokens)
-        return self._project(self.visual.ln_post(tokens[:, 1:]))
+        return self.project(self.visual.ln_post(tokens[:, 1:]))
 
-    def _project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         return x if self.visual.proj is None else x @ self.visual.proj
 
     # ---- texts
 
-    def _tokenize(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> Tensor:
         return self.tokenizer(texts)
 
-    def _end_positions(self, ids: Tensor) -> Tensor:
+    def end_positions(self, ids: Tensor) -> Tensor:
         if _pool_type(self.text) == "eos":
             return (ids == _eos_id(self.text)).int().argmax(-1)
         return ids.argmax(-1)
@@ -144,18 +144,18 @@ class OpenCLIPBackbone(Backbone):
         if "prompts" in self.capabilities:
             return super()._encode_text_chunk(texts)
         # A bidirectional tower (SigLIP's) or another library's reads the padding too: nothing can be cut.
-        return self.model.encode_text(self._tokenize(texts).to(self.device), normalize=False).float()
+        return self.model.encode_text(self.tokenize(texts).to(self.device), normalize=False).float()
 
-    def _embed_tokens(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         return self.text.token_embedding(ids)
 
-    def _add_positions(self, embeddings: Tensor) -> Tensor:
+    def add_positions(self, embeddings: Tensor) -> Tensor:
         return embeddings + self.text.positional_embedding[: embeddings.shape[1]]
 
-    def _text_norm(self, hidden: Tensor) -> Tensor:
+    def text_norm(self, hidden: Tensor) -> Tensor:
         return self.text.ln_final(hidden)
 
-    def _project_text(self, hidden: Tensor) -> Tensor:
+    def project_text(self, hidden: Tensor) -> Tensor:
         projection = self.text.text_projection
         if projection is None:
             return hidden

@@ -189,12 +189,12 @@ class TimmBackbone(Backbone):
         behind_pooling = isinstance(self.network.norm, nn.Identity)
         return self.network.fc_norm if behind_pooling else self.network.norm
 
-    def _image_embedding(self, tokens: Tensor) -> Tensor:
+    def image_embedding(self, tokens: Tensor) -> Tensor:
         if "blocks" not in self.capabilities:
             return tokens
         return self.network.forward_head(self.network.norm(tokens), pre_logits=True)
 
-    def _local_embedding(self, tokens: Tensor) -> Tensor:
+    def local_embedding(self, tokens: Tensor) -> Tensor:
         if self._swin:
             return self.network.norm(tokens).flatten(1, 2)
         patches = self.network.norm(tokens[:, self.network.num_prefix_tokens :])
@@ -202,10 +202,10 @@ class TimmBackbone(Backbone):
             patches = _pool_value(self.network.attn_pool, patches)
         return self.network.fc_norm(patches)
 
-    def _pool_values(self, tokens: Tensor) -> Tensor:
-        return self._local_embedding(tokens)
+    def pool_values(self, tokens: Tensor) -> Tensor:
+        return self.local_embedding(tokens)
 
-    def _logits(self, embedding: Tensor) -> Tensor:
+    def logits(self, embedding: Tensor) -> Tensor:
         return self.network.get_classifier()(embedding)
 
     # ---- weights

@@ -62,9 +62,13 @@ class ImageTransform:
         image = to_rgb(image)
         if len(self.mean) == 1:
             image = image.convert("L").convert("RGB")
-        pixels = np.asarray(self._crop(self._resize(image)), dtype=np.float32)
+        pixels = np.asarray(self.frame(image), dtype=np.float32)
         mean, std = (np.array(values, np.float32) * 255 for values in (self.mean, self.std))
         return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
+
+    def frame(self, image: Image.Image) -> Image.Image:
+        """What of an image the network sees, as a picture of `crop` pixels: resized and cut, not yet normalised."""
+        return self._crop(self._resize(to_rgb(image)))
 
     def describe(self) -> dict:
         """The settings as plain values, for cache keys and results."""

@@ -135,24 +135,24 @@ class TransformersBackbone(Backbone):
         """The norm behind the last block."""
         return self.tower.norm
 
-    def _image_embedding(self, tokens: Tensor) -> Tensor:
-        return self._project(self.tower.image(tokens))
+    def image_embedding(self, tokens: Tensor) -> Tensor:
+        return self.project(self.tower.image(tokens))
 
-    def _local_embedding(self, tokens: Tensor) -> Tensor:
-        return self._project(self.tower.local(tokens))
+    def local_embedding(self, tokens: Tensor) -> Tensor:
+        return self.project(self.tower.local(tokens))
 
-    def _pool_values(self, tokens: Tensor) -> Tensor:
-        return self._local_embedding(tokens)
+    def pool_values(self, tokens: Tensor) -> Tensor:
+        return self.local_embedding(tokens)
 
-    def _project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         return getattr(self.network, "visual_projection", identity)(x)
 
-    def _logits(self, embedding: Tensor) -> Tensor:
+    def logits(self, embedding: Tensor) -> Tensor:
         return self.classifier(embedding)
 
     # ---- texts
 
-    def _tokenize(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> Tensor:
         if self.pools_by_attention:  # trained on lower case; not every tokenizer published with it knows
             texts = [text.lower() for text in texts]
         return self.tokenizer(
@@ -163,24 +163,24 @@ class TransformersBackbone(Backbone):
         if "prompts" in self.capabilities:
             return super()._encode_text_chunk(texts)
         # A bidirectional tower reads the padding, too: nothing can be cut.
-        return self.network.text_model(self._tokenize(texts).to(self.device)).pooler_output.float()
+        return self.network.text_model(self.tokenize(texts).to(self.device)).pooler_output.float()
 
-    def _end_positions(self, ids: Tensor) -> Tensor:
+    def end_positions(self, ids: Tensor) -> Tensor:
         end = self.network.text_model.config.eos_token_id
         # Configurations older than the vocabulary's own end mark say 2; the mark is then the largest id.
         return ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
 
-    def _embed_tokens(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         return self.network.text_model.embeddings.token_embedding(ids)
 
-    def _add_positions(self, embeddings: Tensor) -> Tensor:
+    def add_positions(self, embeddings: Tensor) -> Tensor:
         positions = self.network.text_model.embeddings.position_embedding.weight
         return embeddings + positions[: embeddings.shape[1]]
 
-    def _text_norm(self, hidden: Tensor) -> Tensor:
+    def text_norm(self, hidden: Tensor) -> Tensor:
         return self.network.text_model.final_layer_norm(hidden)
 
-    def _project_text(self, hidden: Tensor) -> Tensor:
+    def project_text(self, hidden: Tensor) -> Tensor:
         return self.network.text_projection(hidden)
 
     @property

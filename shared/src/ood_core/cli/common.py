@@ -387,7 +387,7 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     from ood_core.detectors.base import Detector
 
     options = parse_params(args.param)
-    known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given)._option_names()}
+    known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given).option_names()}
     if unused := sorted(set(options) - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
     backbone = cache(partial(load_backbone, args))
@@ -397,9 +397,9 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
             made: Detector = Detector.from_pretrained(given)
             for leaf in made._leaves(made.name).values():  # the members of a fusion may have several backbones
                 spec = args.backbone or leaf._recorded_spec()
-                leaf._set_backbone(backbone(spec, leaf.precision))
+                leaf.attach(backbone(spec, leaf.precision))
         else:
-            mine = {name: options[name] for name in detector_class(given)._option_names() if name in options}
+            mine = {name: options[name] for name in detector_class(given).option_names() if name in options}
             shared = backbone(args.backbone or "tiny")
             made = create_detector(given, backbone=shared, class_names=class_names, template=args.template, **mine)
         name = Path(given).resolve().name if made.name in detectors else made.name

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ood_core.data.decode import printable
-from ood_core.data.sources import PathLike, _Files
+from ood_core.data.sources import FileSource, PathLike
 from ood_core.errors import DataError, MissingDataError
 
 
-class ImageList(_Files):
+class ImageList(FileSource):
     """The images of a list, wherever these lie. The id is the path as written, the label -1 means none.
 
     Args:

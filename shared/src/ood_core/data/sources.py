@@ -314,7 +314,7 @@ def _existing(path: PathLike, kind: str) -> str:
     return path
 
 
-class _Files(ImageSource):
+class FileSource(ImageSource):
     """Images in files of their own: an item is a path."""
 
     def _read(self, item: str, name: str, max_pixels: int | None) -> Image.Image:
@@ -349,7 +349,7 @@ _UNREAD = dicom.DICOM_SUFFIXES | {
 # fmt: on
 
 
-class ImageFolder(_Files):
+class ImageFolder(FileSource):
     """All images below a folder; the first folder below it, if any, is the label.
 
     Images are the files with a suffix that Pillow or a plug-in of it reads, and with pydicom DICOM files of whatever
@@ -459,7 +459,7 @@ def _visible_entries(folder: str) -> list[os.DirEntry[str]]:
         raise DataError(f"Folder {printable(folder)!r} cannot be listed: {error.strerror}.") from error
 
 
-class Manifest(_Files):
+class Manifest(FileSource):
     """A table of image files: a column of paths, and optionally `id` and labels; or a list of paths.
 
     Text may be in any encoding that its byte order mark or `encoding` names, else UTF-8, and gzipped. Cells are
@@ -928,7 +928,7 @@ def _opened(
         return ParquetShards(path, split, label=column) if split or _holds_packs(path) else ImageFolder(path)
     _existing(path, "file or folder")
     if _is_image(path):
-        return _Files([printable(os.path.basename(path))], [path])
+        return FileSource([printable(os.path.basename(path))], [path])
     is_parquet = path.lower().endswith(".parquet")
     if is_parquet and path_column is None and (split or _image_column(_parquet_schema(path))):
         return ParquetImages(path, split, label=column)

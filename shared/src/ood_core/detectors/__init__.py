@@ -71,10 +71,10 @@ def create_detector(
         frozenset({'image'})
     """
     kind = detector_class(name)
-    known = kind._option_names()
+    known = kind.option_names()
     if unknown := [option for option in options if option not in known]:
         raise unknown_name(f"option of {name!r}", unknown[0], known or ["none"])
     detector = kind(class_names=class_names, template=template, **options)
     if backbone is not None:
-        detector._set_backbone(backbone)
+        detector.attach(backbone)
     return detector

@@ -128,9 +128,9 @@ class Detector(ABC):
 
     def _attach(self, backbone: Backbone) -> None:
         """Check capabilities and take what is needed from a new backbone."""
-        backbone.require(*sorted(self._asks(backbone)))
+        backbone.require(*sorted(self.asks_of(backbone)))
 
-    def _asks(self, backbone: Backbone) -> frozenset[str]:
+    def asks_of(self, backbone: Backbone) -> frozenset[str]:
         """What it needs of this backbone."""
         return self.capabilities | self.needs
 
@@ -159,7 +159,7 @@ class Detector(ABC):
     def backbone(self) -> Backbone | None:
         """The backbone, loaded when first asked for; None if the detector was made without one."""
         if self._backbone is None and self._backbone_record:
-            self._set_backbone(create_backbone(self._recorded_spec(), dtype=self.precision))
+            self.attach(create_backbone(self._recorded_spec(), dtype=self.precision))
         return self._backbone
 
     def _recorded_spec(self) -> str:
@@ -176,7 +176,12 @@ class Detector(ABC):
             )
         return spec
 
-    def _set_backbone(self, backbone: Backbone | str) -> None:
+    def attach(self, backbone: Backbone | str) -> None:
+        """Take a backbone, or load the one of this spec.
+
+        Raises:
+            UsageError: one without the capabilities that are needed, or another than the detector was fitted with.
+        """
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, dtype=self.precision)
         expected = self._backbone_record.get("fingerprint")
@@ -348,14 +353,14 @@ class Detector(ABC):
         if not holds_images(images) and not isinstance(images, list | tuple):
             raise TypeError(f"score takes {_IMAGES}; got {_kind_of(images)}.")
         images = [images] if isinstance(images, Image.Image) else images
-        parts = stream(self._required_backbone(), images, needs=self.needs, **options)
+        parts = stream(self.require_backbone(), images, needs=self.needs, **options)
         scores = torch.cat([self.score_features(part) for part in parts if len(part)])
         self._tell_batch(len(scores))
         return scores
 
     def _tell_batch(self, images: int) -> None:
         """Say once that a lone image's score and a threshold from batches differ in half precision."""
-        dtype = self._required_backbone().precision
+        dtype = self.require_backbone().precision
         halved = self.threshold is not None and dtype in ("bfloat16", "float16")
         if images == 1 and halved and "batch" not in self._told:
             self._told.add("batch")
@@ -367,7 +372,12 @@ class Detector(ABC):
                 _BATCH_MOVES,
             )
 
-    def _required_backbone(self) -> Backbone:
+    def require_backbone(self) -> Backbone:
+        """The backbone.
+
+        Raises:
+            UsageError: the detector was made without one.
+        """
         if self.backbone is None:
             raise UsageError(f"{self.name!r} has no backbone to read images with: pass backbone= when creating it.")
         return self.backbone
@@ -380,7 +390,7 @@ class Detector(ABC):
             parts: Any = [data]
         elif holds_images(data):
             images = [data] if isinstance(data, Image.Image) else data
-            parts = (part for part in stream(self._required_backbone(), images, needs=self.needs) if len(part))
+            parts = (part for part in stream(self.require_backbone(), images, needs=self.needs) if len(part))
         else:
             scores = _score_vector(data)
             return Observed(scores, None, scores_hash(scores))
@@ -546,12 +556,13 @@ class Detector(ABC):
     # ---- parameters
 
     @classmethod
-    def _option_names(cls) -> list[str]:
+    def option_names(cls) -> list[str]:
+        """Names of the method's options: the parameters of `__init__` that are its own."""
         return [name for name in inspect.signature(cls.__init__).parameters if name not in _COMMON]
 
     def get_params(self) -> dict[str, Any]:
         """The method's options by name."""
-        return {name: getattr(self, name) for name in self._option_names()}
+        return {name: getattr(self, name) for name in self.option_names()}
 
     def set_params(self, **params: Any) -> Self:
         """Change options; the calibration is dropped, and the fitted state if it depended on them.
@@ -649,7 +660,7 @@ class Detector(ABC):
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, dtype=made.precision)
         if backbone is not None:
-            made._set_backbone(backbone)
+            made.attach(backbone)
         return made
 
     @classmethod

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ood_core._protocols.catalog import catalog, set_entry
-from ood_core._protocols.names import WNID, clip_names
 from ood_core.data.lists import ImageList
 from ood_core.data.sources import ImageSource, ParquetImages, PathLike, open_source
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
 from ood_core.prompts import read_class_names
+from ood_core.protocols.catalog import catalog, set_entry
+from ood_core.protocols.names import WNID, clip_names
 
 _FILES = re.compile(r".+\.(txt|csv|tsv|jsonl|parquet(:\w+)?)", re.IGNORECASE)
 

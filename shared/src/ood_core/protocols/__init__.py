@@ -39,13 +39,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ood_core._protocols.catalog import catalog, set_entry, tasks_of
-from ood_core._protocols.names import class_names as names_of_classes
-from ood_core._protocols.sets import FoundSet, look
 from ood_core.data.fewshot import FewShot
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource, PathLike
 from ood_core.errors import UsageError, unknown_name
+from ood_core.protocols.catalog import catalog, set_entry, tasks_of
+from ood_core.protocols.names import class_names as names_of_classes
+from ood_core.protocols.sets import FoundSet, look
 from ood_core.registry import PROTOCOLS
 
 

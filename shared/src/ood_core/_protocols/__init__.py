@@ -1,1 +1,0 @@
-"""How `ood_core.protocols` finds what its data files name."""
