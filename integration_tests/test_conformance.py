@@ -87,7 +87,7 @@ def read(folders):
 
 
 def fit(detector, name, folders, read):
-    return detector.fit(folders[name] if detector.fits_on_images else read(detector, name))
+    return detector.fit(folders[name] if detector.changes_backbone else read(detector, name))
 
 
 class Ready(NamedTuple):
@@ -303,7 +303,7 @@ def test_features_are_not_changed(ready):
     features = ready.features["held"]
     before = copy.deepcopy(features)
     detector = copy.deepcopy(ready.detector)
-    if not detector.fits_on_images:
+    if not detector.changes_backbone:
         detector.fit(features)
     detector.calibrate(features, allow_overlap=True)
     for call in (detector.score_features, detector.predict, detector.is_ood, detector.p_value):
@@ -365,7 +365,7 @@ def test_features_that_are_no_numbers_are_refused_by_name(ready, value):
 def test_features_to_fit_on_that_are_no_numbers_are_refused(ready):
     features = ready.features["train"]
     broken = converted(features, lambda value: value.clone().index_fill_(0, torch.tensor([2]), float("nan")))
-    if not ready.detector.fits_on_images:
+    if not ready.detector.changes_backbone:
         with pytest.raises(DataError, match="NaN or infinite"):
             copy.deepcopy(ready.detector).fit(broken)
 

@@ -448,3 +448,14 @@ def test_images_in_memory_are_known_by_their_pixels(small_backbone):
     with pytest.raises(DataError, match="5 of the 25"):
         detector.calibrate(images[20:])
     detector.calibrate(images[25:])
+
+
+def test_decisions_of_a_calibration():
+    known = Calibration.of(torch.arange(100.0), 0.9, classes=torch.arange(100) % 2)
+    scores = torch.tensor([-1.0, 9.0, 10.0, 50.0])
+    assert known.is_ood(scores).tolist() == [True, True, False, False]
+    assert torch.equal(known.is_ood(scores, fdr=0.5), benjamini_hochberg(known.p_values(scores), 0.5))
+    classes = torch.zeros(4).long()
+    assert torch.equal(known.is_ood(scores, classes), known.p_values(scores, classes) <= 0.1 + 1e-9)
+    with pytest.raises(DataError, match=r"fdr=0\.001 would never name an image"):
+        known.is_ood(scores, fdr=0.001)

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from ood_core import ImageFolder, create_backbone, create_detector, functional, list_detectors
+from ood_core import Fusion, ImageFolder, create_backbone, create_detector, functional, list_detectors
 from ood_core.detectors import broken_detectors, detector_class
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, leaves, right_predictions
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError, WriteError
 from ood_core.features import FeatureSet, extract
 from ood_core.metrics import auroc
@@ -501,8 +501,8 @@ def test_composed_and_decomposed_names_are_the_same_class(small_backbone, featur
         labelled = replace(features, label_names=labels)
         detector = create_detector("linear_probe", backbone=small_backbone, class_names=given).fit(labelled)
         right = (detector.predict(labelled) == labelled.labels).float().mean()
-        assert len(detector.correct(labelled)) == len(features)
-        assert detector.correct(labelled).float().mean() == right
+        assert len(right_predictions(detector, labelled)) == len(features)
+        assert right_predictions(detector, labelled).float().mean() == right
         assert detector.class_names == composed
     texts = [create_detector("mcm", backbone=small_backbone, class_names=n).state["text"] for n in (other, composed)]
     assert torch.equal(*texts)
@@ -602,7 +602,7 @@ def test_a_full_disk_leaves_no_half_of_a_detector(error, name, small_backbone, f
     def full(*_):
         raise error
 
-    monkeypatch.setattr("ood_core.detectors.base.save_file", full)
+    monkeypatch.setattr("ood_core.detectors.storage.save_file", full)
     for folder in ("old", "new"):
         with pytest.raises(WriteError, match=r"model\.safetensors' cannot be written: the disk is full"):
             detector.save_pretrained(tmp_path / folder)
@@ -682,3 +682,29 @@ def test_gl_mcm_of_clear_logits_keeps_their_order(patch_classifier):
     assert functional.gl_mcm_logits(logits, weak).unique().tolist() == [2.0]
     scores = detector.score_features(FeatureSet(ids=list("abcd"), logits=logits, local_logits=weak))
     assert scores.tolist() == sorted(set(scores.tolist()))
+
+
+def test_images_are_fitted_on_as_their_features_are(small_backbone, image_folder, tmp_path):
+    made = create_detector("knn", backbone=small_backbone, k=2).fit(image_folder, cache=tmp_path)
+    read = create_detector("knn", backbone=small_backbone, k=2)
+    features = extract(small_backbone, image_folder, read.needs)
+    assert torch.equal(made.state["bank"], read.fit_features(features).state["bank"])
+    assert torch.equal(made.score(image_folder), read.fit(features).score(image_folder))
+    assert list(tmp_path.iterdir())
+    for wrong in (3, None, torch.zeros(2, 4), []):
+        with pytest.raises(TypeError, match=r"takes a FeatureSet .* or images"):
+            made.fit(wrong)
+
+
+def test_images_need_a_backbone_to_be_fitted_on(image_folder):
+    with pytest.raises(UsageError, match="has no backbone to read images with"):
+        create_detector("knn").fit(image_folder)
+
+
+def test_leaves_are_told_once_with_the_way_to_them():
+    first, second, third = (create_detector(name) for name in ("knn", "vim", "mahalanobis"))
+    inner = Fusion({"a": first, "b": second})
+    outer = Fusion({"inner": inner, "c": third, "again": first})
+    assert list(leaves(outer).items()) == [(first, "inner > a"), (second, "inner > b"), (third, "c")]
+    assert leaves(outer, second) == {first: "inner > a", second: "", third: "c"}
+    assert leaves(second, outer)[second] == ""

@@ -11,7 +11,7 @@ from ood_core import create_detector, evaluate
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.combination import cauchy, fisher, log_p_correlation, robust_z_score, weighted_mean, z_score
 from ood_core.data import scenes
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, leaves
 from ood_core.errors import DataError, NotFittedError, UsageError
 from ood_core.evaluation import calibrate_detectors, score
 from ood_core.features import extract
@@ -316,7 +316,7 @@ def test_images_and_features_of_several_backbones_agree(two_backbones, small_bac
     assert Fusion(fused.members).calibrate(sets).calibration.data_hash == fused.calibration.data_hash
     with pytest.raises(DataError, match="stands in one of the two tables only"):
         fused.score_features([sets[0], sets[1][:-1]])
-    with pytest.raises(UsageError, match=r"'fusion > second' is of 'other', of which there are no features"):
+    with pytest.raises(UsageError, match=r"'second' is of 'other', of which there are no features"):
         fused.score_features([sets[0]])
     with pytest.raises(UsageError, match="Two of the feature sets are of the same backbone"):
         fused.score_features([sets[0], sets[0]])
@@ -581,8 +581,8 @@ def test_nested_fusions_round_trip(two_backbones, small_backbone, image_folder, 
     assert list(loaded.members[".."].members) == ["first", "second", "third"]
     assert loaded.get_params() == outer.get_params()
     known = {"small": small_backbone, "other": two_backbones.members["second"].backbone}
-    for leaf in loaded._leaves("").values():
-        leaf.attach(known[leaf._backbone_record["spec"]])
+    for leaf in leaves(loaded):
+        leaf.attach(known[leaf._held.record["spec"]])
     assert torch.equal(loaded.score(image_folder), outer.score(image_folder))
     assert torch.equal(loaded.p_value(image_folder), outer.p_value(image_folder))
     detectors = {"f": Fusion(outer.members, **outer.get_params())}

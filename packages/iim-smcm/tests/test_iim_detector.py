@@ -17,7 +17,7 @@ from ood_core import create_detector, extract
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import FewShot, ImageFolder, PILImages
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, right_predictions
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet
@@ -207,7 +207,7 @@ def test_a_class_without_images_is_learned_from_the_others(small_backbone, featu
     assert made.state["context"].shape[0] == made.state["text"].shape[0] == 5
     assert made.class_names == names
     right = (made.predict(features) == 4 - features.labels).float().mean()
-    assert made.correct(features).float().mean() == right
+    assert right_predictions(made, features).float().mean() == right
 
 
 def test_fitting_forgets_the_calibration(fitted, features):

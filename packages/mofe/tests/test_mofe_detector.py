@@ -12,7 +12,7 @@ from ood_core import create_backbone, create_detector, evaluate, extract, list_d
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import PILImages, scenes
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, right_predictions
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet
 from ood_mofe import training
@@ -133,7 +133,7 @@ def test_features_are_those_of_router_and_experts(backbone, fitted, features):
         torch.testing.assert_close(features.extra["token"][image], token, rtol=1e-4, atol=1e-4)
     trained = backbone.encode_image(torch.stack([backbone.transform(i) for _, i in source]), normalize=False)
     assert (features.extra["token"] - trained).abs().max() > 1e-3
-    assert features.fingerprint == fitted._backbone_record["fingerprint"] != backbone.fingerprint
+    assert features.fingerprint == fitted._held.record["fingerprint"] != backbone.fingerprint
 
 
 def test_the_bank_holds_the_training_images_by_their_routed_expert(backbone, fitted, source):
@@ -272,7 +272,7 @@ def test_the_class_is_the_best_of_the_experts_own(fitted, features):
     for image, predicted in enumerate(fitted.predict(features).tolist()):
         own = (fitted.group == expert[image]).nonzero()[:, 0]
         assert predicted == own[every[image, own].argmax()]
-    assert fitted.correct(features).double().mean() > 0.5
+    assert right_predictions(fitted, features).double().mean() > 0.5
 
 
 def test_without_mixup_the_logits_are_the_experts(backbone, source):
@@ -296,7 +296,7 @@ def test_a_shared_block_with_a_head_per_group(backbone, source):
         own = (detector.group == e).nonzero()[:, 0]
         shares[:, own] = every[:, [*own.tolist(), 5 + e]].softmax(1)[:, :-1]
     assert torch.equal(detector.predict(found), shares.argmax(1))
-    assert detector.correct(found).double().mean() > 0.5
+    assert right_predictions(detector, found).double().mean() > 0.5
     torch.testing.assert_close(changed(detector, scorer="energy").score_features(found).exp(), shares.sum(1))
 
 
@@ -535,7 +535,7 @@ def test_saved_and_loaded(backbone, fitted, features, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["backbone"]["spec"] == "small-vit"
     assert config["params"]["experts"] == 3
-    monkeypatch.setattr("ood_core.detectors.base.create_backbone", lambda spec, dtype: backbone)
+    monkeypatch.setattr("ood_core.detectors.held.create_backbone", lambda spec, dtype: backbone)
     assert torch.equal(loaded.score(photos(9, seed=5)), detector.score(photos(9, seed=5)))
 
 

@@ -317,13 +317,13 @@ def test_save_and_load(saved, test):
     loaded = Detector.from_pretrained(folder)
     assert isinstance(loaded, SeTAR)
     assert loaded.fitted
-    assert loaded._backbone is None
+    assert loaded._held.backbone is None
     assert loaded.get_params() == made.get_params()
     assert (loaded.threshold, loaded.tpr) == (made.threshold, 0.8)
     assert loaded.edit.ratios == made.edit.ratios
     features = extract(made.backbone, test, made.needs)
     assert torch.equal(loaded.score_features(features), scores)  # without loading a backbone
-    assert loaded._backbone is None
+    assert loaded._held.backbone is None
     assert torch.equal(loaded.score(test), scores)
     assert torch.equal(loaded.is_ood(test), made.is_ood(test))
     assert torch.equal(loaded.p_value(test), made.p_value(test))

@@ -304,6 +304,27 @@ class Calibration:
         self._tell_small_classes(classes)
         return found
 
+    def is_ood(self, scores: Tensor, classes: Tensor | None = None, *, fdr: float | None = None) -> Tensor:
+        """Decisions, bool [N]: scores below the threshold; with `classes` p-values at 1 - `tpr` or less.
+
+        Args:
+            scores: [N].
+            classes: predicted for each, int64 [N], to compare with the images of the same class.
+            fdr: decide on all of them together instead (`benjamini_hochberg`).
+
+        Raises:
+            UsageError: `fdr` out of range, or `classes`, but the detector does not classify.
+            DataError: too few calibration images for `fdr`, or of every class.
+
+        Example:
+            >>> Calibration.of(torch.arange(100.0), 0.95).is_ood(torch.tensor([2.0, 50.0]))
+            tensor([ True, False])
+        """
+        if fdr is not None:
+            self.check_reaches(fdr)
+            return benjamini_hochberg(self.p_values(scores, classes), fdr)
+        return scores < self.threshold if classes is None else self.p_values(scores, classes) <= 1 - self.tpr + 1e-9
+
     def _tell_small_classes(self, classes: Tensor) -> None:
         large = _large_classes(self.classes, LEAST_CALIBRATION)  # type: ignore[arg-type]  # known to the caller
         small = classes[~torch.isin(classes, large)].unique()

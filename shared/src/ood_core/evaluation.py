@@ -6,11 +6,12 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,24 +22,21 @@ from ood_core.backbones.base import Backbone
 from ood_core.calibration import features_hash
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, backbone_of, leaves, right_predictions
+from ood_core.detectors.given import Data
 from ood_core.errors import DataError, NotFittedError, OODError, UsageError
 from ood_core.features import FeatureSet, count_notes, stream
 from ood_core.files import write_json
 from ood_core.metrics import OODMetrics, evaluate_scores, paired_bootstrap
 from ood_core.scores import ScoreTable
 
-__all__ = ["Evaluation", "calibrate_detectors", "environment", "evaluate", "fit_detectors", "score"]
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
-Data = Any
-"""An image source, folder, manifest, parquet file, list of PIL images, or features extracted already; for detectors
-of several backbones a list of features, one `FeatureSet` per backbone."""
+__all__ = ["Evaluation", "calibrate_detectors", "environment", "evaluate", "fit_detectors", "score"]
 
 _NOMINAL = tuple(step / 40 for step in range(1, 41))
 """TPRs of the calibration curve: steps of 2.5 %, so that 95 % is among them."""
-
-MEMBER = " > "
-"""Between the name of a fusion and that of its member, in the paths of `Detector._leaves`."""
 
 
 @dataclass(frozen=True)
@@ -222,123 +220,116 @@ def score(
         "predicted" (class numbers of the scored images in the table's order) and "accuracy", where labels are known
         classes.
     """
-    leaves = _leaves(detectors)
-    table, counts = score_leaves(leaves, data, source=source, judged=detectors, classify=classify, **extraction)
-    return _assembled(table, detectors), counts
+    found = score_leaves(detectors.values(), data, source=source, classify=classify, **extraction)
+    frame = found.rows.frame
+    columns = {name: np.full(len(frame), np.nan, dtype=np.float32) for name in detectors}
+    for name, detector in detectors.items():
+        columns[name][frame["status"] == "ok"] = detector._assemble(found.scores.__getitem__).numpy()
+    told = {
+        "predicted": {name: found.predicted[one] for name, one in detectors.items() if one in found.predicted},
+        "accuracy": {name: found.accuracy[one] for name, one in detectors.items() if one in found.accuracy},
+    }
+    return ScoreTable(frame.assign(**columns)), found.counts | told
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One set as detectors, and the members of fusions, see it.
+
+    Attributes:
+        rows: of all images, without scores.
+        scores: detector -> [N], of the images that could be read, in the order of `rows`.
+        predicted: detector -> class numbers [N], of those that classify.
+        accuracy: detector -> share of right predictions, where labels are known classes.
+        counts: "images", "scored", "failures", "fingerprint" and "notes".
+    """
+
+    rows: ScoreTable
+    scores: dict[Detector, Tensor]
+    predicted: dict[Detector, Tensor]
+    accuracy: dict[Detector, float]
+    counts: dict[str, Any]
 
 
 def score_leaves(
-    leaves: Mapping[str, Detector],
-    data: Data,
-    *,
-    source: str = "id",
-    judged: Collection[str] = (),
-    classify: bool = False,
-    **extraction: Any,
-) -> tuple[ScoreTable, dict[str, Any]]:
-    """`score` for detectors that see images, a member of several fusions only once.
+    detectors: Iterable[Detector], data: Data, *, source: str = "id", classify: bool = False, **extraction: Any
+) -> Scored:
+    """`score` of all detectors that see images: these, and the members of fusions, each once.
 
     Args:
-        leaves: by path (`Detector._leaves`).
+        detectors: of those that were given themselves it is also told what they predict for labelled images.
         data: the images or their features.
         source: name of the set in the table.
-        judged: paths that are detectors of their own: what they predict for labelled images is told.
-        classify: what they predict for other images too.
+        classify: also tell what is predicted for other images.
         **extraction: for `extract`.
-
-    Returns:
-        The table, one column per path, and what the set held.
     """
-    unique = _unique(leaves, judged)
+    found = leaves(*detectors)
     tables: list[ScoreTable] = []
-    correct: dict[str, list[Tensor]] = {}
-    predicted: dict[str, list[Tensor]] = {}
-    for group, parts in _features_per_backbone(unique, data, extraction):
+    right: dict[Detector, list[Tensor]] = {}
+    predicted: dict[Detector, list[Tensor]] = {}
+    for group, parts in _features_per_backbone(found, data, extraction):
         rows, counts, fingerprint = [], [0, 0], ""
         notes: list[tuple[str, str]] = []
         for part in parts:
-            scores = {path: checked_scores(path, leaf, part) for path, leaf in group.items() if len(part)}
-            rows.append(ScoreTable.of(part, scores, source=source))
-            asked = judged if len(part) and (classify or part.labels is not None) else ()
-            for path, leaf in group.items():
-                if path in asked and (classes := leaf.predict(part)) is not None:
-                    predicted.setdefault(path, []).append(classes)
-                    if (hits := leaf._hits(part, classes)) is not None:
-                        correct.setdefault(path, []).append(hits)
+            rows.append(_scored_rows(group, found, part, source))
             counts = [counts[0] + len(part), counts[1] + len(part.failures)]
             notes += part.notes
             fingerprint = part.source
+            asked = [leaf for leaf in group if not found[leaf]] if classify or part.labels is not None else []
+            for leaf in asked if len(part) else ():
+                if (classes := leaf.predict(part)) is not None:
+                    predicted.setdefault(leaf, []).append(classes)
+                    if (hits := right_predictions(leaf, part, classes)) is not None:
+                        right.setdefault(leaf, []).append(hits)
         tables.append(ScoreTable.concatenate(rows))
     if not counts[0]:
         raise DataError(f"None of the {counts[1]} images of {source!r} could be decoded: {rows[0].frame['status'][0]}")
-    return _with_every_path(_joined(tables), leaves, unique), {
-        "images": sum(counts),
-        "scored": counts[0],
-        "failures": counts[1],
-        "fingerprint": fingerprint,
-        "notes": count_notes(notes),
-        "predicted": {name: torch.cat(classes) for name, classes in predicted.items()},
-        "accuracy": {name: torch.cat(hits).double().mean().item() for name, hits in correct.items()},
+    return Scored(
+        *_joined(tables, found),
+        {leaf: torch.cat(classes) for leaf, classes in predicted.items()},
+        {leaf: torch.cat(hits).double().mean().item() for leaf, hits in right.items()},
+        {
+            "images": sum(counts),
+            "scored": counts[0],
+            "failures": counts[1],
+            "fingerprint": fingerprint,
+            "notes": count_notes(notes),
+        },
+    )
+
+
+def _scored_rows(
+    group: Iterable[Detector], found: Mapping[Detector, str], features: FeatureSet, source: str = "id"
+) -> ScoreTable:
+    """Scores of some leaves; a column is named by the leaf's place among all."""
+    places = {leaf: str(place) for place, leaf in enumerate(found)}
+    scores = {places[leaf]: _checked_scores(leaf, found[leaf], features) for leaf in group if len(features)}
+    return ScoreTable.of(features, scores, source=source)
+
+
+def _joined(tables: Sequence[ScoreTable], found: Mapping[Detector, str]) -> tuple[ScoreTable, dict[Detector, Tensor]]:
+    """The rows of all backbones' tables, and every leaf's scores of the images that could be read."""
+    table = reduce(ScoreTable.join, tables)
+    good = table.frame[table.frame["status"] == "ok"]
+    columns = {leaf: str(place) for place, leaf in enumerate(found)}
+    scores = {
+        leaf: torch.from_numpy(good[name].to_numpy(np.float32, copy=True))
+        for leaf, name in columns.items()
+        if name in good
     }
+    return table.select(()), scores
 
 
-def _leaves(detectors: Mapping[str, Detector]) -> dict[str, Detector]:
-    return {path: leaf for name, detector in detectors.items() for path, leaf in detector._leaves(name).items()}
-
-
-def _unique(leaves: Mapping[str, Detector], judged: Collection[str]) -> dict[str, Detector]:
-    """The detectors to run: all judged ones, and members that are neither among these nor a member twice."""
-    chosen = {path: leaf for path, leaf in leaves.items() if path in judged}
-    seen = set(map(id, chosen.values()))
-    for path, leaf in leaves.items():
-        if id(leaf) not in seen:
-            chosen[path] = leaf
-            seen.add(id(leaf))
-    return chosen
-
-
-def _with_every_path(table: ScoreTable, leaves: Mapping[str, Detector], unique: Mapping[str, Detector]) -> ScoreTable:
-    own = {id(leaf): path for path, leaf in unique.items()}
-    others = {path: table.frame[own[id(leaf)]] for path, leaf in leaves.items() if path not in unique}
-    return ScoreTable(table.frame.assign(**others)) if others else table
-
-
-def _joined(tables: Sequence[ScoreTable]) -> ScoreTable:
-    table = tables[0]
-    for other in tables[1:]:
-        table = table.join(other)
-    return table
-
-
-def _assembled(table: ScoreTable, detectors: Mapping[str, Detector]) -> ScoreTable:
-    """The table of the detectors from that of their leaves."""
-    composed = {name: detector for name, detector in detectors.items() if detector.members}
-    if not composed:
-        return table
-    columns, made = columns_of(table), {}
-    for name, detector in composed.items():
-        made[name] = np.full(len(table.frame), np.nan, dtype=np.float32)
-        made[name][table.frame["status"] == "ok"] = detector._assemble(name, columns).numpy()
-    return ScoreTable(table.frame.assign(**made)).select(detectors)
-
-
-def columns_of(table: ScoreTable) -> dict[str, Tensor]:
-    """The scores of every column, of the images that could be read."""
-    frame = table.frame[table.frame["status"] == "ok"]
-    return {name: torch.from_numpy(frame[name].to_numpy(np.float32, copy=True)) for name in table.detectors}
-
-
-def checked_scores(path: str, detector: Detector, features: FeatureSet) -> Tensor:
-    """Scores of a detector; what goes wrong in a member of a fusion is told with its name."""
-    if MEMBER not in path:
+def _checked_scores(detector: Detector, way: str, features: FeatureSet) -> Tensor:
+    """Scores of a detector; what goes wrong in a member of a fusion is told with the way to it."""
+    if not way:
         return detector.score_features(features)
-    name = path.partition(MEMBER)[2]
     try:
         return detector.score_features(features)
     except OODError as error:
-        raise type(error)(f"Member {name!r} cannot score: {error}") from error
+        raise type(error)(f"Member {way!r} cannot score: {error}") from error
     except Exception as error:
-        raise DataError(f"Member {name!r} fails ({type(error).__name__}: {error}): leave it out.") from error
+        raise DataError(f"Member {way!r} fails ({type(error).__name__}: {error}): leave it out.") from error
 
 
 def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extraction: Any) -> None:
@@ -352,18 +343,20 @@ def fit_detectors(detectors: Mapping[str, Detector], data: Data | None, **extrac
     Raises:
         NotFittedError: a detector needs training and `data` is None.
     """
-    leaves = _unique(_leaves(detectors), detectors)
-    raw = {name: detector for name, detector in leaves.items() if not detector.fitted}
+    found = _named_leaves(detectors)
+    raw = {detector: name for detector, name in found.items() if not detector.fitted}
     if raw and data is None:
-        raise NotFittedError(f"{', '.join(map(repr, raw))} must be fitted: give labelled ID images (fit=, --fit).")
-    for name in [name for name, detector in raw.items() if detector.fits_on_images]:
+        names = ", ".join(map(repr, raw.values()))
+        raise NotFittedError(f"{names} must be fitted: give labelled ID images (fit=, --fit).")
+    for detector in [detector for detector in raw if detector.changes_backbone]:
+        name = raw.pop(detector)
         if is_features(data):
             raise UsageError(f"{name!r} is fitted on images, not on features: give an image source (fit=, --fit).")
-        raw.pop(name).fit(_opened(data, extraction))
-    for group, parts in _features_per_backbone(raw, data, extraction) if raw else ():
+        detector.fit_images(_opened(data, extraction))
+    for group, parts in _features_per_backbone(raw, data, extraction) if raw and data is not None else ():
         features = FeatureSet.concatenate(list(parts))
-        for detector in group.values():
-            detector.fit(features)
+        for detector in group:
+            detector.fit_features(features)
 
 
 def calibrate_detectors(
@@ -386,23 +379,22 @@ def calibrate_detectors(
     Raises:
         DataError: images that a detector was fitted on, or what `Detector.calibrate` raises.
     """
-    leaves = _leaves(detectors)
-    unique = _unique(leaves, detectors)
-    shared = {id(leaf) for path, leaf in leaves.items() if path not in detectors}
+    found = leaves(*detectors.values())
+    fusions = [detector for detector in detectors.values() if detector.members]
+    shared = leaves(*(member for fusion in fusions for member in fusion.members.values()))
     tables, data_hash = [], ""
-    for group, parts in _features_per_backbone(unique, data, extraction):
+    for group, parts in _features_per_backbone(found, data, extraction):
         features = FeatureSet.concatenate(list(parts))
-        for leaf in group.values() if not allow_overlap else ():
+        for leaf in group if not allow_overlap else ():
             leaf._check_held_out(features)
-        for leaf in (leaf for path, leaf in group.items() if path in detectors):
+        for leaf in (leaf for leaf in group if not found[leaf]):
             leaf.calibrate(features, tpr, allow_overlap=True)
-        if members := [path for path, leaf in group.items() if id(leaf) in shared]:
-            tables.append(ScoreTable.of(features, {p: checked_scores(p, group[p], features) for p in members}))
+        if members := [leaf for leaf in group if leaf in shared]:
+            tables.append(_scored_rows(members, found, features))
         data_hash = features_hash(features.source, features.ids)
-    columns = columns_of(_with_every_path(_joined(tables), leaves, unique)) if shared else {}
-    for name, detector in detectors.items():
-        if detector.members:
-            detector._calibrate_members(name, columns, tpr, data_hash)  # type: ignore[attr-defined]  # a Fusion
+    scores = _joined(tables, found)[1] if shared else {}
+    for fusion in fusions:
+        fusion._calibrate_members(scores.__getitem__, tpr, data_hash)  # type: ignore[attr-defined]  # a Fusion
 
 
 def _opened(data: Data | None, extraction: Mapping[str, Any]) -> Any:
@@ -425,27 +417,33 @@ def _by_name(detectors: Detector | Sequence[Detector] | Mapping[str, Detector]) 
     return dict(detectors)
 
 
+def _named_leaves(detectors: Mapping[str, Detector]) -> dict[Detector, str]:
+    """The detectors that see images, each with its name for messages."""
+    own = {detector: name for name, detector in detectors.items()}
+    return {leaf: own.get(leaf, way) for leaf, way in leaves(*detectors.values()).items()}
+
+
 def _features_per_backbone(
-    detectors: Mapping[str, Detector], data: Data, extraction: dict[str, Any]
-) -> Iterator[tuple[dict[str, Detector], Iterable[FeatureSet]]]:
+    detectors: Mapping[Detector, str], data: Data, extraction: dict[str, Any]
+) -> Iterator[tuple[list[Detector], Iterable[FeatureSet]]]:
     """Groups of detectors that share a backbone, with the features all of a group need, in parts."""
     if isinstance(data, FeatureSet):
-        yield dict(detectors), [data]
+        yield list(detectors), [data]
         return
     if is_features(data):
         yield from _features_by_fingerprint(detectors, data)
         return
-    groups: dict[str, tuple[Backbone, dict[str, Detector]]] = {}
-    for name, detector in detectors.items():
-        backbone = detector.require_backbone()
-        groups.setdefault(f"{backbone.fingerprint} {backbone.dtype}", (backbone, {}))[1][name] = detector
+    groups: dict[str, tuple[Backbone, list[Detector]]] = {}
+    for detector in detectors:
+        backbone = backbone_of(detector)
+        groups.setdefault(f"{backbone.fingerprint} {backbone.dtype}", (backbone, []))[1].append(detector)
     source = open_source(data)
     for backbone, group in groups.values():
-        needs = frozenset[str]().union(*(detector.needs for detector in group.values()))
+        needs = frozenset[str]().union(*(detector.needs for detector in group))
         yield group, stream(backbone, source, needs=needs, **extraction)
 
 
-def is_features(data: Data) -> bool:
+def is_features(data: object) -> TypeIs[FeatureSet | Sequence[FeatureSet]]:
     """Whether data are features, of one backbone or a list of several."""
     if isinstance(data, list | tuple):
         return bool(data) and all(isinstance(part, FeatureSet) for part in data)
@@ -453,19 +451,21 @@ def is_features(data: Data) -> bool:
 
 
 def _features_by_fingerprint(
-    detectors: Mapping[str, Detector], sets: Sequence[FeatureSet]
-) -> Iterator[tuple[dict[str, Detector], list[FeatureSet]]]:
+    detectors: Mapping[Detector, str], sets: Sequence[FeatureSet]
+) -> Iterator[tuple[list[Detector], list[FeatureSet]]]:
     """Features of several backbones, each with the detectors of that backbone."""
-    groups: dict[str, dict[str, Detector]] = {features.fingerprint: {} for features in sets}
+    groups: dict[str, list[Detector]] = {features.fingerprint: [] for features in sets}
     if len(groups) < len(sets):
         raise UsageError("Two of the feature sets are of the same backbone: give one per backbone.")
-    for name, detector in detectors.items():
-        fingerprint = detector._backbone_record.get("fingerprint", "")
-        if fingerprint not in groups:
-            wanted = detector._backbone_record.get("spec", "an unknown backbone")
+    for detector, way in detectors.items():
+        record = detector._held.record
+        if record.get("fingerprint", "") not in groups:
             given = ", ".join(repr(features.backbone) for features in sets)
-            raise UsageError(f"{name!r} is of {wanted!r}, of which there are no features: these are of {given}.")
-        groups[fingerprint][name] = detector
+            raise UsageError(
+                f"{way or detector.name!r} is of {record.get('spec', 'an unknown backbone')!r}, of which there are no "
+                f"features: these are of {given}."
+            )
+        groups[record["fingerprint"]].append(detector)
     yield from ((groups[features.fingerprint], [features]) for features in sets if groups[features.fingerprint])
 
 
@@ -534,12 +534,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _backbones(detectors: Iterable[Detector]) -> list[dict[str, str]]:
-    found = {}
-    for detector in _leaves({str(i): detector for i, detector in enumerate(detectors)}).values():
-        if detector._backbone is not None:
-            backbone = detector._backbone
-            found[backbone.fingerprint] = backbone.record() | {"device": str(backbone.device)}
-    return list(found.values())
+    held = [leaf._held.backbone for leaf in leaves(*detectors)]
+    loaded = {backbone.fingerprint: backbone for backbone in held if backbone is not None}
+    return [backbone.record() | {"device": str(backbone.device)} for backbone in loaded.values()]
 
 
 def _describe_data(data: Data | None) -> dict[str, Any] | None:
@@ -557,10 +554,11 @@ def image_opener(sets: Mapping[str, Data]) -> Callable[[str, str], Image.Image |
     sources: dict[str, tuple[ImageSource, dict[str, int]]] = {}
 
     def open_image(name: str, image_id: str) -> Image.Image | None:
-        if name not in sets or is_features(sets[name]):
+        data = sets.get(name)
+        if data is None or is_features(data):
             return None
         if name not in sources:
-            source = open_source(sets[name])
+            source = open_source(data)
             sources[name] = (source, {id: index for index, id in enumerate(source.ids)})
         source, index = sources[name]
         return source.open(index[image_id]) if image_id in index else None

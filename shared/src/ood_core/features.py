@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ood_core.backbones.base import FEATURES, Backbone
 from ood_core.data import load_batches, open_source
-from ood_core.data.sources import ImageSource, short_hash
+from ood_core.data.sources import Images, ImageSource, short_hash
 from ood_core.errors import DataError, ImageError, UsageError
 from ood_core.files import write_atomically, write_json
 
@@ -130,7 +130,7 @@ class FeatureSet:
 
 def extract(
     backbone: Backbone,
-    source: ImageSource | str | Path | Sequence[Any],
+    source: Images,
     needs: Collection[str] = frozenset({"image", "local"}),
     cache: str | Path | None = None,
     resume: bool = True,
@@ -187,7 +187,7 @@ def extract(
 
 def stream(
     backbone: Backbone,
-    source: ImageSource | str | Path | Sequence[Any],
+    source: Images,
     needs: Collection[str] = frozenset({"image", "local"}),
     cache: str | Path | None = None,
     resume: bool = True,

@@ -10,7 +10,6 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ood_core import check, evaluation
@@ -26,7 +25,9 @@ from ood_core.calibration import (
     scores_hash,
 )
 from ood_core.combination import cauchy, fisher, log_p_correlation, robust_z_score, weighted_mean, z_score
-from ood_core.detectors.base import Detector, Observed, as_float32, holds_images
+from ood_core.data.sources import Images
+from ood_core.detectors.base import Detector
+from ood_core.detectors.given import Data, Observed, as_float32, holds_images
 from ood_core.errors import DataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet
 from ood_core.scores import ScoreTable
@@ -56,6 +57,7 @@ class ScoreColumn(Detector):
 
     name = "score_column"
     remedy = "give score tables"
+    blind = "A fusion of score table columns sees no images: use score_table(table) or `ood fuse`."
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,10 +71,6 @@ class ScoreColumn(Detector):
 
     def _score(self, features: FeatureSet) -> Tensor:
         raise UsageError("it is a column of a score table: use score_table(table), or `ood fuse FILE.parquet ...`.")
-
-    def require_backbone(self) -> Backbone:
-        """There is none."""
-        raise UsageError("A fusion of score table columns sees no images: use score_table(table) or `ood fuse`.")
 
     def attach(self, backbone: Backbone | str) -> None:
         """Has no use for one."""
@@ -153,20 +151,28 @@ class Fusion(Detector):
         learned = {} if self.labelled_ood is None else {"labelled_ood": self.labelled_ood}
         return {"members": list(self.members), **learned}
 
-    def fit(self, features: Any, **extraction: Any) -> Self:
+    def fit(self, data: Data, **extraction: Any) -> Self:
         """Fit the members that need it; forgets an earlier calibration.
 
         Args:
-            features: labelled ID images, or features of them.
+            data: labelled ID images, or features of them.
             **extraction: for `extract`, with images.
 
         Raises:
             UsageError: features that lack what a member needs, or of another backbone.
             DataError: labels that are missing or unknown.
         """
-        evaluation.fit_detectors({self.name: self}, features, **extraction)
-        self._forget_calibration()
+        evaluation.fit_detectors({self.name: self}, data, **extraction)
+        self.calibration = None
         return self
+
+    def fit_features(self, features: FeatureSet) -> Self:
+        """`fit`."""
+        return self.fit(features)
+
+    def fit_images(self, images: Images, **options: Any) -> Self:
+        """`fit`."""
+        return self.fit(images, **options)
 
     # ---- scores
 
@@ -225,34 +231,20 @@ class Fusion(Detector):
     def _score(self, features: FeatureSet) -> Tensor:
         return self.score_features(features)
 
-    def _leaves(self, path: str) -> dict[str, Detector]:
-        return {
-            inner: leaf
-            for name, member in self.members.items()
-            for inner, leaf in member._leaves(f"{path}{evaluation.MEMBER}{name}").items()
-        }
+    def _assemble(self, of: Callable[[Detector], Tensor]) -> Tensor:
+        return self.combine_scores(self._from_leaves(of))
 
-    def _assemble(self, path: str, scores: Mapping[str, Tensor]) -> Tensor:
-        return self.combine_scores(self._from_leaves(path, scores))
-
-    def _from_leaves(self, path: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: member._assemble(f"{path}{evaluation.MEMBER}{name}", scores) for name, member in self.members.items()
-        }
+    def _from_leaves(self, of: Callable[[Detector], Tensor]) -> dict[str, Tensor]:
+        return {name: member._assemble(of) for name, member in self.members.items()}
 
     def _member_scores(self, data: Any, **extraction: Any) -> tuple[dict[str, Tensor], str]:
         """Each member's scores of the same images, and the hash of these."""
         if isinstance(data, Mapping):
             scores = self._checked(data)
             return scores, scores_hash(torch.cat(list(scores.values())))
-        if isinstance(data, FeatureSet):
-            path = f"{self.name}{evaluation.MEMBER}"
-            each = {n: evaluation.checked_scores(path + n, member, data) for n, member in self.members.items()}
-            return each, features_hash(data.source, data.ids)
-        images = [data] if isinstance(data, Image.Image) else data
-        table, counts = evaluation.score_leaves(self._leaves(self.name), images, **extraction)
-        ids = table.frame.loc[table.frame["status"] == "ok", "id"]
-        return self._from_leaves(self.name, evaluation.columns_of(table)), features_hash(counts["fingerprint"], ids)
+        found = evaluation.score_leaves([self], data, **extraction)
+        ids = found.rows.frame.loc[found.rows.frame["status"] == "ok", "id"]
+        return self._from_leaves(found.scores.__getitem__), features_hash(found.counts["fingerprint"], ids)
 
     def _checked(self, scores: Mapping[str, Any]) -> dict[str, Tensor]:
         """The members' scores as vectors of one length, without NaN."""
@@ -335,12 +327,12 @@ class Fusion(Detector):
         scores, data_hash = self._given_scores(id_scores, ood=False, **extraction)
         return self._calibrate_on(scores, tpr, data_hash)
 
-    def _calibrate_members(self, path: str, leaves: Mapping[str, Tensor], tpr: float, data_hash: str) -> None:
-        """Calibrate on scores of the leaves below `path`; inner fusions first."""
+    def _calibrate_members(self, of: Callable[[Detector], Tensor], tpr: float, data_hash: str) -> None:
+        """Calibrate on scores of its leaves; inner fusions first."""
         self._check_stacked()
-        for name, member in self._inner_fusions().items():
-            member._calibrate_members(f"{path}{evaluation.MEMBER}{name}", leaves, tpr, data_hash)
-        self._calibrate_on(self._from_leaves(path, leaves), tpr, data_hash)
+        for member in self._inner_fusions().values():
+            member._calibrate_members(of, tpr, data_hash)
+        self._calibrate_on(self._from_leaves(of), tpr, data_hash)
 
     def _inner_fusions(self) -> dict[str, Fusion]:
         """Members that need to be calibrated before they can score."""
@@ -350,7 +342,8 @@ class Fusion(Detector):
 
     def _calibrate_on(self, scores: Mapping[str, Tensor], tpr: float, data_hash: str) -> Self:
         self._learn_scales(scores)
-        return self._keep(Calibration.of(self._combined(self._normalized_reference()), tpr, data_hash=data_hash))
+        self.calibration = Calibration.of(self._combined(self._normalized_reference()), tpr, data_hash=data_hash)
+        return self
 
     def _learn_scales(self, scores: Mapping[str, Tensor]) -> None:
         scores = self._checked(scores)
@@ -416,7 +409,7 @@ class Fusion(Detector):
         weight, bias = fit_logistic(x, is_id, 2, l2=l2)
         self.state[_STACKING] = torch.cat([weight[1] - weight[0], (bias[1] - bias[0])[None]])
         self.labelled_ood = {"images": count, "data_hash": data_hash}
-        self._forget_calibration()
+        self.calibration = None
         return self
 
     def _stacked(self, values: Tensor) -> Tensor:

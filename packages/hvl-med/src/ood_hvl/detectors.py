@@ -6,17 +6,17 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from ood_core import check, functional
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
-from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
-from ood_core.detectors.base import check_finite
-from ood_core.detectors.trained import TrainedDetector
+from ood_core.detectors.base import backbone_of
+from ood_core.detectors.given import check_finite
+from ood_core.detectors.held import Held
+from ood_core.detectors.trained import Run, TrainedDetector
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.prompts import fill, resolve_templates
@@ -158,7 +158,7 @@ class HVL(TrainedDetector):
         """
         super().set_params(**params)
         if self._plain is not None and {"n", "pyramid_source", "resize", "encode_chunk"} & set(params):
-            self._backbone_record = {}
+            self._held = Held(self.name)
             self.attach(self._plain)
         return self
 
@@ -174,39 +174,12 @@ class HVL(TrainedDetector):
 
     # ---- training
 
-    def fit(
-        self,
-        images: Any,
-        *,
-        checkpoint: str | Path | None = None,
-        resume: bool = True,
-        cache: str | Path | None = None,
-        workers: int = 0,
-        progress: bool | None = None,
-    ) -> Self:
-        """Learn the adapter and the text biases; forgets an earlier calibration.
-
-        Args:
-            images: labelled ID images (a source, a folder, ...), encoded once; or features with "pyramid".
-            checkpoint: file that keeps the learned tensors after every epoch.
-            resume: go on from it.
-            cache: folder for the embeddings of images.
-            workers: processes that decode.
-            progress: a bar on stderr; None shows it on a terminal only.
-
-        Raises:
-            UsageError: no backbone, one without texts, fewer than two classes, or features of another backbone or n.
-            DataError: labels that are missing, unknown or ambiguous, a class without images, or a loss that is no
-                longer finite.
-        """
-        backbone = self.require_backbone()
-        images = images if isinstance(images, FeatureSet) else open_source(images)
-        if isinstance(images, FeatureSet):
-            self._check_features(images)
-        labels = self._training_labels(images)
+    def _learn(self, images: FeatureSet | ImageSource, labels: Tensor, run: Run) -> None:
+        """Learn the adapter and the text biases, from images, encoded once, or from features with "pyramid"."""
+        backbone = backbone_of(self)
         self._check_classes(labels)
         text = self._raw_texts(backbone)
-        tiles = self._tiles(images, cache=cache, workers=workers, progress=progress)
+        tiles = self._tiles(images, **run.loading)
         if tiles.shape[-1] != text.shape[-1]:
             raise UsageError(
                 f"These features are {tiles.shape[-1]} wide, the texts of {backbone.spec!r} {text.shape[-1]}: extract "
@@ -229,14 +202,10 @@ class HVL(TrainedDetector):
             optimizer=torch.optim.Adam(learned.values(), lr=self.learning_rate),
             learning_rate=lambda epoch: self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2,
             seed=self.seed,
-            checkpoint=checkpoint,
-            resume=resume,
             recipe=self._recipe(images, backbone.fingerprint),
-            progress=progress,
+            **run.keeping,
         )
         self.state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-        self.threshold, self.tpr, self._calibration = None, None, None
-        return self
 
     def _check_classes(self, labels: Tensor) -> None:
         counts = torch.bincount(labels, minlength=len(self.class_names)).tolist()
@@ -261,7 +230,7 @@ class HVL(TrainedDetector):
         """Embeddings of V orientations of N images, orientation after orientation, [V N, 1 + 5 n^2, d]."""
         if isinstance(images, ImageSource):
             source = TurnedViews(images, self.views) if self.views > 1 else images
-            images = extract(self.require_backbone(), source, self.needs, **loading)
+            images = extract(backbone_of(self), source, self.needs, **loading)
         return images.extra[FEATURE]
 
     def _rows(self, labels: Tensor, views: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

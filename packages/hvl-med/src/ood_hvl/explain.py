@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ood_core.detectors.base import backbone_of
 from ood_core.errors import UsageError
 from ood_core.features import extract
 from ood_core.pictures import panels
@@ -97,7 +98,7 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
     if getattr(detector, "name", None) != "hvl":
         name = getattr(detector, "name", type(detector).__name__)
         raise UsageError(f"explain takes an 'hvl' detector, got {name!r}: its score has other parts.")
-    backbone = detector.require_backbone()
+    backbone = backbone_of(detector)
     features = extract(backbone, [image], detector.needs, progress=False)
     scales = detector.scales(features)
     probabilities, score, predicted = scales.combined(detector.patch_mean)

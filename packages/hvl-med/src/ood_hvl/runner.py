@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from ood_core.backbones.base import Backbone
 from ood_core.detectors import create_detector
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, backbone_of
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract
 from ood_core.runs import Run, UsedImages, kept_runs, recipe, spread
@@ -161,7 +161,7 @@ def _wide(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
     """The backbone with the pyramid of these options."""
     made = HVL(**options)
     made.attach(backbone)
-    return made.require_backbone()
+    return backbone_of(made)
 
 
 def summarise(runs: Sequence[Run], layout: Layout) -> dict[str, dict[str, Any]]:

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from ood_core import check
 from ood_core.backbones.base import Backbone
-from ood_core.data import open_source
 from ood_core.data.augment import LiveViews, Views
 from ood_core.data.sources import ImageSource
-from ood_core.detectors.base import Detector
-from ood_core.detectors.trained import TrainedDetector
+from ood_core.detectors.base import Detector, backbone_of
+from ood_core.detectors.trained import Run, TrainedDetector
 from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
@@ -250,34 +249,10 @@ class IIM(TrainedDetector):
 
     # ---- training
 
-    def fit(
-        self,
-        images: Any,
-        *,
-        checkpoint: str | Path | None = None,
-        resume: bool = True,
-        cache: str | Path | None = None,
-        workers: int = 0,
-        progress: bool | None = None,
-    ) -> Self:
-        """Learn the prompts.
-
-        Args:
-            images: labelled ID images (a source, a folder, ...), augmented as `views` says; or their features.
-            checkpoint: file that keeps the learned tensors after every epoch.
-            resume: go on from it.
-            cache: folder for the features of `views` > 0.
-            workers: processes that decode images, which changes nothing else; 0 decodes in this one.
-            progress: a bar on stderr; None shows it on a terminal only.
-
-        Raises:
-            UsageError: a backbone without prompts, or one class only.
-            DataError: images without labels, unknown or ambiguous labels, or a loss that is no longer finite.
-            ValueError: `train_k` too large for the grid, or a class name too long for the text tower.
-        """
-        backbone = self.require_backbone()
+    def _learn(self, images: FeatureSet | ImageSource, labels: Tensor, run: Run) -> None:
+        """Learn the prompts, from images augmented as `views` says or from features."""
+        backbone = backbone_of(self)
         if isinstance(images, FeatureSet):
-            self._check_features(images)
             if images.local.shape[-1] != backbone.width:
                 raise UsageError(
                     f"These features are {images.local.shape[-1]} wide, those of {backbone.spec!r} {backbone.width}: "
@@ -285,14 +260,12 @@ class IIM(TrainedDetector):
                 )
             size = images.local.shape[1]
         else:
-            images = open_source(images)
             size = math.prod(backbone.grid or ())
-        labels = self._training_labels(images)
         self._class_texts(backbone)  # a template that does not fit shows here, not after the training
         learner = self._learner(backbone)
         options = {name: getattr(self, name) for name in ("lambda_neg", "lambda_div", "region", "hard_negative_mining")}
         options |= {"form": self.loss_form, "k": self._training_k(size), "temperature": self.train_temperature}
-        patches = self._patches(backbone, images, cache=cache, workers=workers, progress=progress)
+        patches = self._patches(backbone, images, **run.loading)
         self.history = train(
             learner.learned(),
             lambda rows, epoch: learner.losses(patches(rows, epoch), labels[rows], **options),
@@ -309,13 +282,10 @@ class IIM(TrainedDetector):
             seed=self.seed,
             drop_last=True,
             before_epoch=patches.prepare,
-            checkpoint=checkpoint,
-            resume=resume,
             recipe=self._recipe(images, backbone.fingerprint),
-            progress=progress,
+            **run.keeping,
         )
         self._take(backbone, learner)
-        return self
 
     def _patches(self, backbone: Backbone, images: FeatureSet | ImageSource, **loading: Any) -> _Rows | _Live:
         if isinstance(images, FeatureSet):
@@ -354,12 +324,11 @@ class IIM(TrainedDetector):
 
     @torch.no_grad()
     def _take(self, backbone: Backbone, learner: PromptLearner) -> None:
-        """Keep the learned tensors and the text features they give; forget an earlier calibration."""
+        """Keep the learned tensors and the text features they give."""
         text, negatives = learner()
         tensors = {name: value.detach() for name, value in learner.named_parameters()}
         tensors |= {"text": self._class_texts(backbone), "local_text": text, "negatives": negatives}
         self.state = {name: value.cpu().clone() for name, value in tensors.items() if value.numel()}
-        self.threshold, self.tpr, self._calibration = None, None, None
 
     # ---- scores
 
@@ -440,7 +409,7 @@ class IIM(TrainedDetector):
             raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
         plain = MCM(class_names=self.class_names, template=self.template, temperature=self.temperature)
         plain.state = {"text": self.state["text"]}
-        plain._backbone, plain._backbone_record = self._backbone, self._backbone_record
+        plain._held = self._held
         options: dict[str, dict[str, Any]] = {
             "gl_mcm": {"k": 1, "alpha": 0.0, "negatives": "ignore"},
             "r_mcm*": {"alpha": 0.0, "negatives": "ignore"},
@@ -474,9 +443,9 @@ class IIM(TrainedDetector):
         options |= {"negative_prompts": len(negatives), "context_length": contexts.shape[-2]}
         made = cls(class_names=class_names, **options)
         made.attach(backbone)
-        learner = made._learner(made.require_backbone())
+        learner = made._learner(backbone_of(made))
         learner.load(tensors)
-        made._take(made.require_backbone(), learner)
+        made._take(backbone_of(made), learner)
         return made
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from ood_core.detectors.base import backbone_of
 from ood_core.detectors.zero_shot import default_k
 from ood_core.errors import UsageError
 from ood_core.features import extract
@@ -108,7 +109,7 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
     if getattr(detector, "name", None) not in ("s_mcm", "iim"):
         name = getattr(detector, "name", type(detector).__name__)
         raise UsageError(f"explain takes an 's_mcm' or 'iim' detector, got {name!r}: its score has other parts.")
-    backbone = detector.require_backbone()
+    backbone = backbone_of(detector)
     features = extract(backbone, [image], detector.needs, progress=False)
     # Both are there: these detectors read patches, and they classify.
     grid, predicted = cast(tuple[int, int], features.grid), int(cast(Tensor, detector.predict(features)))

@@ -15,6 +15,7 @@ import torch
 from ood_core.backbones.base import Backbone
 from ood_core.data import FewShot
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import backbone_of
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract, stream
 from ood_core.metrics import evaluate_scores
@@ -158,7 +159,7 @@ def _trained(
     """Train, judge and save."""
     started = time.monotonic()
     checkpoint = folder / "checkpoint.safetensors"
-    images = extract(detector.require_backbone(), few, detector.needs, **extraction) if features else few
+    images = extract(backbone_of(detector), few, detector.needs, **extraction) if features else few
     loading = {name: extraction[name] for name in ("cache", "workers") if name in extraction}
     detector.fit(images, checkpoint=checkpoint, **loading)
     seconds = time.monotonic() - started
@@ -284,9 +285,7 @@ def _components(
     detector: IIM, data: Any, ks: Sequence[int] | None, temperatures: Sequence[float], extraction: dict[str, Any]
 ) -> Iterable[list[Any]]:
     features = (
-        [data]
-        if isinstance(data, FeatureSet)
-        else stream(detector.require_backbone(), data, detector.needs, **extraction)
+        [data] if isinstance(data, FeatureSet) else stream(backbone_of(detector), data, detector.needs, **extraction)
     )
     for part in features:
         if len(part):

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from ood_core import check, functional
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone, hash_tensors
-from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import backbone_of
+from ood_core.detectors.held import Held
 from ood_core.detectors.logits import unsaturated_msp
-from ood_core.detectors.trained import TrainedDetector
+from ood_core.detectors.trained import Run, TrainedDetector, described
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.prompts import text_features
@@ -113,7 +114,7 @@ class MoFE(TrainedDetector):
     name = "mofe"
     capabilities = frozenset({"image", "blocks"})
     remedy = "call fit(images) with labelled ID images first"
-    fits_on_images = True
+    changes_backbone = True
     # A dozen classes and a few steps: fewer experts, and higher rates, so that they learn at all.
     demo_options: ClassVar[Mapping[str, Any]] = {
         "experts": 3,
@@ -262,42 +263,16 @@ class MoFE(TrainedDetector):
 
     # ---- fitting
 
-    def fit(
-        self,
-        images: Any,
-        *,
-        checkpoint: str | Path | None = None,
-        resume: bool = True,
-        cache: str | Path | None = None,
-        workers: int = 0,
-        progress: bool | None = None,
-    ) -> Self:
-        """Divide the classes, train the experts and fill their banks; forgets an earlier fit and calibration.
-
-        Args:
-            images: labelled ID images (a source, a folder, ...).
-            checkpoint: file that keeps what is learned after every epoch.
-            resume: go on from it.
-            cache: folder for the frozen backbone's class tokens and the bank's features.
-            workers: processes that decode.
-            progress: a bar on stderr; None shows it on a terminal only.
-
-        Raises:
-            UsageError: no backbone or one without a class token, features instead of images, more experts than
-                classes, or one class only.
-            DataError: labels that are missing or unknown, a class without images, or a loss that is no longer finite.
-        """
-        if isinstance(images, FeatureSet):
-            raise UsageError(f"{self.name!r} trains a part of the backbone: fit it on images, not on features.")
-        backbone = _plain(self.require_backbone())
-        source = open_source(images)
-        labels = self._labels(source)
+    def _learn(self, images: FeatureSet | ImageSource, labels: Tensor, run: Run) -> None:
+        """Divide the classes, train the experts and fill their banks."""
+        assert isinstance(images, ImageSource)  # `fit_features` refuses
+        backbone = _plain(backbone_of(self))
+        self._check_counts(labels)
         if self._has_heads:
             initial_groups(self.class_names, self.experts, **self._grouping())  # to refuse what cannot work at once
         texts = self._class_rows(backbone)
-        split = Split.of(source, labels, self.validation)
-        extraction: dict[str, Any] = {"cache": cache, "progress": progress, "workers": workers}
-        found = self._survey(split, **extraction)
+        split = Split.of(images, labels, self.validation)
+        found = self._survey(split, **run.loading)
         group = self._groups(found.prototypes)
         network = self._network(backbone, group, texts)
         self.history = train_network(
@@ -306,28 +281,28 @@ class MoFE(TrainedDetector):
             split,
             found,
             head=self._head("global" if self._has_global_head else "expert"),
-            checkpoint=checkpoint,
-            resume=resume,
-            recipe=self._recipe(source, backbone.fingerprint) | _digests(groups=group, texts=texts),
-            progress=progress,
-            workers=workers,
+            recipe=self._recipe(images, backbone.fingerprint) | _digests(groups=group, texts=texts),
+            workers=run.workers,
+            **run.keeping,
             **{name: getattr(self, name) for name in _TRAINING},
         )
-        self._take(backbone, network, split, extraction)
-        return self
+        self._take(backbone, network, split, run.loading)
 
     def _labels(self, source: ImageSource) -> Tensor:
-        labels = self._training_labels(source)
+        labels = self._class_labels(described(source))
+        self._check_counts(labels)
+        return labels
+
+    def _check_counts(self, labels: Tensor) -> None:
         images = torch.bincount(labels, minlength=len(self.class_names))
         if not images.all():
             empty = [self.class_names[i] for i in (images == 0).nonzero()[:, 0].tolist()]
             raise DataError(f"Classes {empty[:5]} have no images: add some, or leave these class names out.")
-        return labels
 
     def _survey(self, split: Split, **extraction: Any) -> Survey:
         """What the frozen backbone says about the images."""
         router = {name: getattr(self, name) for name in _ROUTER}
-        return survey(_plain(self.require_backbone()), split, classes=len(self.class_names), **extraction, **router)
+        return survey(_plain(backbone_of(self)), split, classes=len(self.class_names), **extraction, **router)
 
     def _class_rows(self, backbone: Backbone) -> Tensor | None:
         """Text features [C, d] that tell the classes apart; None where that is learned."""
@@ -367,9 +342,9 @@ class MoFE(TrainedDetector):
         if "text" in backbone.capabilities:
             self.state["projection"] = image_projection(backbone, network.experts.width).float().cpu()
             self.state["logit_scale"] = torch.tensor(backbone.logit_scale)
-        self._backbone_record = {}
+        self._held = Held(self.name)
         self._use(backbone)
-        features = extract(self.require_backbone(), split.part(split.rows), _FEATURES, **extraction)
+        features = extract(backbone_of(self), split.part(split.rows), _FEATURES, **extraction)
         expert = self._expert(features)
         order = expert.argsort(stable=True)
         bank = F.normalize(features.extra["token"], dim=1)[order]
@@ -377,7 +352,6 @@ class MoFE(TrainedDetector):
         self.state["k"] = torch.bincount(split.labels[split.rows]).median().clamp(max=_NEIGHBOURS)
         if self.texts:
             self.state |= self._read_texts(backbone)
-        self._forget_calibration()
         self._mention_small_banks(self._small_banks())
 
     def _read_texts(self, backbone: Backbone) -> dict[str, Tensor]:
@@ -420,19 +394,19 @@ class MoFE(TrainedDetector):
         Raises:
             UsageError: an unknown option.
         """
-        base, small = self._backbone_record.get("base"), self._small_banks()
+        base, small = self._held.record.get("base"), self._small_banks()
         super().set_params(**params)
         if self.fitted:
             if "texts" in params:
                 self.state = {name: value for name, value in self.state.items() if name not in ("yes", "no")}
             if params.get("texts"):
-                self.state |= self._read_texts(self.require_backbone())
+                self.state |= self._read_texts(backbone_of(self))
             self._mention_small_banks({bank: size for bank, size in self._small_banks().items() if bank not in small})
-        elif self._backbone is not None:
-            self._backbone_record = {}
-            self._use(_plain(self._backbone))
+        elif self._held.backbone is not None:
+            plain, self._held = _plain(self._held.backbone), Held(self.name)
+            self._use(plain)
         elif base:
-            self._backbone_record = {"spec": self._backbone_record["spec"], "fingerprint": base}
+            self._held = Held(self.name, {"spec": self._held.record["spec"], "fingerprint": base})
         return self
 
     # ---- backbone
@@ -448,15 +422,15 @@ class MoFE(TrainedDetector):
         self._use(_plain(create_backbone(backbone) if isinstance(backbone, str) else backbone))
 
     def _use(self, base: Backbone) -> None:
-        expected = self._backbone_record.get("base", base.fingerprint)
+        expected = self._held.record.get("base", base.fingerprint)
         if expected != base.fingerprint:
             raise UsageError(
-                f"Detector {self.name!r} was made with backbone {self._backbone_record['spec']!r} ({expected[:12]}), "
+                f"Detector {self.name!r} was made with backbone {self._held.record['spec']!r} ({expected[:12]}), "
                 f"not with {base.spec!r} ({base.fingerprint[:12]}). Fit it again."
             )
         super().attach(self._with_experts(base) if self.state else base)
         if self.state:
-            self._backbone_record["base"] = base.fingerprint
+            self._held = self._held.recording(base=base.fingerprint)
 
     def network(self) -> MoFENetwork:
         """What was trained, as a function of the tokens that `Backbone.prefix(images, network.blocks)` gives.
@@ -466,7 +440,7 @@ class MoFE(TrainedDetector):
         """
         if not self.fitted:
             raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
-        return self._loaded(_plain(self.require_backbone()))
+        return self._loaded(_plain(backbone_of(self)))
 
     def _loaded(self, base: Backbone) -> MoFENetwork:
         texts = self.state["model.readout.global_head.weight"] if self.classifier == "text" else None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ood_core import functional
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.base import backbone_of
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.pictures import panels
@@ -141,7 +142,7 @@ def explain(
     if getattr(detector, "name", None) != "mofe":
         name = getattr(detector, "name", type(detector).__name__)
         raise UsageError(f"explain takes a 'mofe' detector, got {name!r}: its score has other parts.")
-    backbone = detector.require_backbone()
+    backbone = backbone_of(detector)
     features = extract(backbone, [image], detector.needs, progress=False)
     score = detector.score_features(features)
     bank, rows = _compared_with(detector, features)
@@ -227,7 +228,7 @@ def _check_same(detector: MoFE, train: ImageSource, nearest: list[Neighbour]) ->
     rows = [one.row for one in nearest]
     if not rows:
         return
-    found = extract(detector.require_backbone(), train.subset(rows), detector.needs, progress=False)
+    found = extract(backbone_of(detector), train.subset(rows), detector.needs, progress=False)
     place = (detector.state["bank_row"] == torch.tensor(rows)[:, None]).int().argmax(1)
     known = detector.state["bank"][place]
     if (F.normalize(found.extra["token"].cpu(), dim=1) - known).norm(dim=1).median() > _SAME:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,8 +11,10 @@ from ood_core import check
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.data import open_source
+from ood_core.data.sources import Images
 from ood_core.detectors import create_detector
-from ood_core.detectors.base import Detector
+from ood_core.detectors.base import Detector, backbone_of, needs_of
+from ood_core.detectors.held import Held
 from ood_core.errors import UsageError
 from ood_core.features import FeatureSet
 from torch import Tensor
@@ -56,7 +59,7 @@ class SeTAR(Detector):
     # Of the default score; `_attach` asks for what the score at hand needs.
     capabilities = frozenset({"image", "local", "text", "prompts", "blocks"})
     remedy = "call fit(images) with about one labelled ID image per class or more"
-    fits_on_images = True
+    changes_backbone = True
     least_classes: ClassVar[int] = 2
     # Three ratios of the image tower take seconds.
     demo_options: ClassVar[Mapping[str, Any]] = {"ratios": [0.0, 0.1, 0.4], "order": "visual_only"}
@@ -111,7 +114,9 @@ class SeTAR(Detector):
 
     # ---- fitting
 
-    def fit(self, images: Any, *, log_file: str | Path | None = None, progress: bool | None = None) -> Self:
+    def fit_images(  # type: ignore[override]  # the search keeps no features
+        self, images: Images, *, log_file: str | Path | None = None, progress: bool | None = None
+    ) -> Self:
         """Search for what to drop; forgets an earlier edit and calibration.
 
         Args:
@@ -120,13 +125,9 @@ class SeTAR(Detector):
             progress: a bar on stderr; None shows it on a terminal only.
 
         Raises:
-            UsageError: no backbone, features instead of images, or what `search` raises.
+            UsageError: no backbone, or what `search` raises.
             DataError: labels that are missing or no class.
         """
-        if isinstance(images, FeatureSet):
-            raise UsageError(
-                f"{self.name!r} changes the backbone: fit it on images (a source or folder), not features."
-            )
         backbone = self._unedited()
         template = self.template or self._inner.default_template
         if not isinstance(template, str):
@@ -170,9 +171,9 @@ class SeTAR(Detector):
             raise UsageError(
                 f"{self.scorer!r} would have to be fitted itself: take a score that need not, such as 'mcm'."
             )
-        self.edit, self.class_names, self._inner, self._backbone_record = edit, class_names, inner, {}
+        self.edit, self.class_names, self._inner, self._held = edit, class_names, inner, Held(self.name)
         self._take(edited, backbone)
-        self.threshold, self.tpr, self._calibration = None, None, None
+        self.calibration = None
         return self
 
     def set_params(self, **params: Any) -> Self:
@@ -186,21 +187,20 @@ class SeTAR(Detector):
             return self
         edit, self.edit, self._inner = self.edit, None, self._new_inner(self.class_names)
         if self._original is not None:
-            self._backbone_record = {}
+            self._held = Held(self.name)
             self._take(self._original, self._original)
-        elif edit is not None and self._backbone_record:
-            self._backbone = None  # the recorded one is loaded when needed
-            self._backbone_record["fingerprint"] = edit.fingerprint
+        elif edit is not None and self._held.record:  # the recorded one is loaded when needed
+            self._held = replace(self._held.recording(fingerprint=edit.fingerprint), backbone=None)
         return self
 
     # ---- backbone
 
     def _unedited(self) -> Backbone:
-        backbone = self.require_backbone()  # loads a recorded one, and edits it
+        backbone = backbone_of(self)  # loads a recorded one, and edits it
         return self._original or backbone
 
     def _attach(self, backbone: Backbone) -> None:
-        backbone.require(*sorted({"image", "local", "blocks"} | self._inner.asks_of(backbone)))
+        backbone.require(*sorted({"image", "local", "blocks"} | needs_of(self._inner, backbone)))
 
     def attach(self, backbone: Backbone | str) -> None:
         """Take an edited backbone, or edit the one given."""
@@ -215,7 +215,7 @@ class SeTAR(Detector):
         self._original = original
         if self.edit is not None:
             # The edit is saved with the detector: what loads the rest is the original's name.
-            self._backbone_record["spec"] = backbone.spec.partition("+edit:")[0]
+            self._held = self._held.recording(spec=backbone.spec.partition("+edit:")[0])
 
     # ---- scores
 

@@ -15,10 +15,9 @@ from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource
-from ood_core.detectors.base import match_labels
 from ood_core.errors import DataError, UsageError, unknown_name
 from ood_core.files import write_atomically
-from ood_core.labels import check_class_names
+from ood_core.labels import check_class_names, label_table
 from ood_core.progress import progress_bar
 from ood_core.prompts import fill, resolve_templates
 from torch import Tensor
@@ -329,7 +328,7 @@ def _classes_of(backbone: Backbone, source: ImageSource, class_names: Sequence[s
 def _labels(source: ImageSource, names: list[str]) -> Tensor:
     if source.labels is None:
         raise DataError("The search needs labelled images, e.g. one folder per class; these have no labels.")
-    labels = match_labels(source.label_names, names)[torch.as_tensor(source.labels)]
+    labels = label_table(source.label_names, names)[torch.as_tensor(source.labels)]
     if (labels < 0).any():
         unknown = {source.label_names[i] if i >= 0 else "(none)" for i in source.labels[(labels < 0).numpy()].tolist()}
         raise DataError(

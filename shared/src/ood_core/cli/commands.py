@@ -137,7 +137,7 @@ def _score_rows(
     by_class: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows for people and JSON: NaN as null, and of every calibrated detector what it decides and predicts."""
-    from ood_core.detectors.base import Observed, as_float32
+    from ood_core.detectors.given import Observed, as_float32
 
     for name, detector in detectors.items():
         scored = frame[name].notna()

@@ -384,7 +384,7 @@ def class_names_of(
 def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> dict[str, Detector]:
     """Detectors by name or folder, sharing backbones; saved ones keep theirs unless --backbone is given."""
     from ood_core.detectors import create_detector, detector_class
-    from ood_core.detectors.base import Detector
+    from ood_core.detectors.base import Detector, leaves
 
     options = parse_params(args.param)
     known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given).option_names()}
@@ -395,8 +395,8 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     for given in args.detector:
         if _is_saved(given):
             made: Detector = Detector.from_pretrained(given)
-            for leaf in made._leaves(made.name).values():  # the members of a fusion may have several backbones
-                spec = args.backbone or leaf._recorded_spec()
+            for leaf in leaves(made):  # the members of a fusion may have several backbones
+                spec = args.backbone or leaf._held.spec
                 leaf.attach(backbone(spec, leaf.precision))
         else:
             mine = {name: options[name] for name in detector_class(given).option_names() if name in options}

@@ -100,7 +100,7 @@ def new_detector(args: argparse.Namespace, method: str, names: list[str] | None,
 def saved_detector(args: argparse.Namespace, kind: type[Detector]) -> Any:
     """The detector of --detector on the backbone asked for, by default its own."""
     made = kind.from_pretrained(args.detector)
-    made.attach(load_backbone(args, args.backbone or made._recorded_spec(), made.precision))
+    made.attach(load_backbone(args, args.backbone or made._held.spec, made.precision))
     return made
 
 

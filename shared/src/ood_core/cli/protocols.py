@@ -188,8 +188,9 @@ def _put_published_accuracy(results: dict[str, Any], detectors: Mapping[str, Det
 
 def _to_fit(detectors: Mapping[str, Detector]) -> bool:
     """Whether any learns here; a large training set is not even looked at otherwise."""
-    leaves = [leaf for name, detector in detectors.items() for leaf in detector._leaves(name).values()]
-    return not all(leaf.fitted for leaf in leaves)
+    from ood_core.detectors.base import leaves
+
+    return not all(leaf.fitted for leaf in leaves(*detectors.values()))
 
 
 def _evaluate_all(args: argparse.Namespace, tasks: Sequence[Protocol]) -> None:

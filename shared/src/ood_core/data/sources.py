@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -878,8 +878,12 @@ def _split_in_name(name: str) -> str:
     return re.split(r"[-.]", name.rpartition("/")[2])[0]
 
 
+Images: TypeAlias = ImageSource | PathLike | Image.Image | Sequence[Image.Image]
+"""What `open_source` opens: an image source, folder, manifest, parquet file, a PIL image or a list of them."""
+
+
 def open_source(
-    spec: ImageSource | PathLike | Sequence[Image.Image],
+    spec: Images,
     *,
     max_pixels: int | None = None,
     value_range: Sequence[float] | None = None,
@@ -891,8 +895,8 @@ def open_source(
 
     Args:
         spec: a folder of images or of parquet packs, a manifest (.csv, .tsv, .jsonl, .txt, .parquet),
-            `FILE.parquet[:split]` with a column of images, an image file, a list of PIL images, or an `ImageSource`,
-            which is returned as it is.
+            `FILE.parquet[:split]` with a column of images, an image file, a PIL image or a list of them, or an
+            `ImageSource`, which is returned as it is.
         max_pixels: larger images are failures; None keeps the source's limit.
         value_range: see `ImageFolder`; None keeps the source's.
         path_column: of a manifest, the column of paths; None: "path".
@@ -913,7 +917,7 @@ def open_source(
 
 
 def _opened(
-    spec: ImageSource | PathLike | Sequence[Image.Image],
+    spec: Images,
     path_column: str | None,
     label: str | None,
     encoding: str | None,
@@ -921,7 +925,7 @@ def _opened(
     if isinstance(spec, ImageSource):
         return spec
     if not isinstance(spec, str | os.PathLike):
-        return PILImages(spec)
+        return PILImages([spec] if isinstance(spec, Image.Image) else spec)
     path, split = _path_and_split(os.fspath(spec))
     column = label or "label"
     if os.path.isdir(path):

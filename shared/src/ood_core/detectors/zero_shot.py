@@ -108,17 +108,17 @@ class GLMCM(ZeroShot):
         classifier = "logits" in backbone.capabilities and "text" not in backbone.capabilities
         return "classifier" if classifier else "zero_shot"
 
-    def asks_of(self, backbone: Backbone) -> frozenset[str]:
+    def _asks(self, backbone: Backbone) -> frozenset[str]:
         """Logits of a classifier, or images and texts."""
         classifier = self._chosen_head(backbone) == "classifier"
-        return frozenset({"logits", "local_logits"}) if classifier else super().asks_of(backbone)
+        return frozenset({"logits", "local_logits"}) if classifier else super()._asks(backbone)
 
     def _attach(self, backbone: Backbone) -> None:
         self.head = self._chosen_head(backbone)
         if self.head == "zero_shot":
             super()._attach(backbone)
             return
-        backbone.require(*sorted(self.asks_of(backbone)))
+        backbone.require(*sorted(self._asks(backbone)))
         self.class_names = self.class_names or list(backbone.label_names or [])
 
     def _predict(self, features: FeatureSet) -> Tensor | None:

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from ood_core.detectors.base import right_predictions
 from ood_core.prompts import resolve_templates
 
 if TYPE_CHECKING:  # figures alone load no torch
@@ -229,6 +230,6 @@ def zero_shot_beside(
 
     options = {} if template is None else {"template": template}
     detector = create_detector("mcm", backbone=backbone, class_names=list(class_names), **options)
-    right = [detector.correct(part) for part in stream(backbone, test, {"image", *needs}, **extraction)]
+    right = [right_predictions(detector, part) for part in stream(backbone, test, {"image", *needs}, **extraction)]
     hits = [value for part in right if part is not None for value in part.tolist()]
     return accuracy_beside(backbone.spec, detector.template, sum(hits) / len(hits)) if hits else ({}, "")
