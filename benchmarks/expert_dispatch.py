@@ -28,8 +28,8 @@ from memory import added_at_peak, in_own_process
 from ood_core.evaluation import environment
 from ood_core.files import write_json
 from ood_mofe import StackedExperts
-from ood_mofe.dispatch import expert_class_token, expert_tokens
-from ood_mofe.dispatch.torch import class_token
+from ood_mofe.ops import expert_class_token, expert_tokens
+from ood_mofe.ops.expert_dispatch.torch import class_token
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "expert_dispatch.json"

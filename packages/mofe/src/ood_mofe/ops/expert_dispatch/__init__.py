@@ -8,9 +8,9 @@ from types import ModuleType
 from ood_core import check
 from torch import Tensor
 
-from ood_mofe.dispatch import reference as plain
-from ood_mofe.dispatch import torch as loop
 from ood_mofe.experts import StackedExperts
+from ood_mofe.ops.expert_dispatch import reference as plain
+from ood_mofe.ops.expert_dispatch import torch as loop
 
 __all__ = ["expert_class_token", "expert_tokens"]
 
@@ -100,7 +100,7 @@ def _choose(backend: str | None, tokens: Tensor) -> ModuleType:
     if not find_spec("triton"):
         raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='torch'.")
     # Imported late: only this backend needs Triton, whose import takes a while.
-    from ood_mofe.dispatch import triton as kernels
+    from ood_mofe.ops.expert_dispatch import triton as kernels
 
     if kernels.compiled() and not on_gpu:
         raise ValueError(
