@@ -1,6 +1,7 @@
 """The structure of the packages: what imports what."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,17 @@ def test_private_names_stay_in_their_distribution(module):
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
 def test_benchmarks_and_tools_use_public_names(file):
     assert not list(foreign(ast.parse(file.read_text(encoding="utf-8")), file.parent.name))
+
+
+def registered(kind):
+    """Name -> "module:Class" of every entry point that the packages declare."""
+    for file in [ROOT / "shared/pyproject.toml", *ROOT.glob("packages/*/pyproject.toml")]:
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        yield from project.get("entry-points", {}).get(kind, {}).items()
+
+
+def test_a_detector_stands_in_a_file_of_its_own():
+    homes = {name: place.partition(":")[0] for name, place in registered("ood.detectors")}
+    assert {name: place for name, place in homes.items() if place.startswith("ood_core")} == {
+        name: f"ood_core.detectors.{name}" for name, place in homes.items() if place.startswith("ood_core")
+    }
