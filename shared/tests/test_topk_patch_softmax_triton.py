@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ triton = pytest.importorskip("triton")
 
 from ood_core.ops.topk_patch_softmax import _choose  # noqa: E402
 from ood_core.ops.topk_patch_softmax import triton as kernels  # noqa: E402
+from ood_core.ops.topk_patch_softmax.kernels import sizes as shipped  # noqa: E402
 from ood_core.ops.topk_patch_softmax.torch import chunked  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +56,7 @@ def only_kernels(monkeypatch):
     def refuse(*_):
         raise AssertionError("the torch backend ran")
 
-    monkeypatch.setattr(kernels, "_TILE", 16)
+    monkeypatch.setattr(shipped, "TILE", 16)
     monkeypatch.setattr(kernels, "chunked", refuse)
 
 
@@ -149,7 +151,7 @@ def test_golden_values(k):
 )
 def test_the_torch_backend_runs_where_kernels_save_nothing(monkeypatch, shape, k, kind):
     ran = []
-    monkeypatch.setattr(kernels, "_TILE", 16)
+    monkeypatch.setattr(shipped, "TILE", 16)
     monkeypatch.setattr(kernels, "chunked", lambda *given: ran.append(1) or chunked(*given))
     given = [x.to(kind) for x in inputs(*shape)]
     found = topk_patch_softmax(*(x.to(DEVICE) for x in given), k=k, backend="triton")
@@ -187,7 +189,7 @@ def test_refusals_say_what_to_do(monkeypatch):
 
 # Ahead of time: every kernel for every target, with aligned sizes and with sizes of one, which Triton builds in.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-KERNELS = ("_tile_sums", "_group_entries")
+KERNELS = ("tile_sums", "group_entries")
 SIZES = ("P", "C", "M", "d", "R", "S", "k", "row_stride", "column_stride")
 ALIGNED = ("d", "row_stride", "column_stride")
 
@@ -213,7 +215,9 @@ def test_compiled_kernels_do_not_spill(machine_code, kernel, target, sizes):
 
 def _compile_all():
     return {
-        f"{kernel} {name} {sizes}": _compile(getattr(kernels, kernel), target, sizes)
+        f"{kernel} {name} {sizes}": _compile(
+            getattr(import_module(f"{shipped.__package__}.{kernel}"), f"_{kernel}"), target, sizes
+        )
         for kernel in KERNELS
         for name, target in TARGETS.items()
         for sizes in ("aligned", "ones")
@@ -224,7 +228,7 @@ def _compile(kernel, target, sizes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"TILE": kernels._TILE, "DEPTH": kernels._DEPTH}
+    constants = {"TILE": shipped.TILE, "DEPTH": shipped.DEPTH}
     if sizes == "ones":
         constants |= {name: 1 for name in kernel.arg_names if name in ("P", "C", "M", "R", "S", "k")}
     types = {"scale": "fp32", "groups": "*i64"} | dict.fromkeys(SIZES, "i32") | dict.fromkeys(constants, "constexpr")
@@ -236,7 +240,7 @@ def _compile(kernel, target, sizes):
         if signature[name].startswith("*") or name in aligned
     }
     source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget(*target), options=kernels._OPTIONS)
+    built = triton.compile(source, target=GPUTarget(*target), options=shipped.OPTIONS)
     used = _cuda_use(built.asm["cubin"]) if target[0] == "cuda" else _hip_use(built.asm["amdgcn"])
     return {**used, "shared": built.metadata.shared}
 
