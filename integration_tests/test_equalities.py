@@ -190,11 +190,11 @@ def backend(request, chosen, monkeypatch):
     for name in ("ood_core.ops.topk_patch_softmax", "ood_mofe.ops.expert_dispatch"):
         module = sys.modules[name]
 
-        def forced(given, tensors, choose=module._choose, name=name):
-            ran.append(name)
-            return choose(given or request.param, tensors)
+        def forced(operation, given, *tensors, choose=module.implementation, **form):
+            ran.append(operation)
+            return choose(operation, given or request.param, *tensors, **form)
 
-        monkeypatch.setattr(module, "_choose", forced)
+        monkeypatch.setattr(module, "implementation", forced)
     return request.param, ran
 
 

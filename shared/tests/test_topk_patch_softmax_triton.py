@@ -20,10 +20,10 @@ from ood_core.ops import topk_patch_softmax
 
 triton = pytest.importorskip("triton")
 
-from ood_core.ops.topk_patch_softmax import _choose  # noqa: E402
+from ood_core.ops import backend as backends  # noqa: E402
+from ood_core.ops.topk_patch_softmax import torch as chunked  # noqa: E402
 from ood_core.ops.topk_patch_softmax import triton as kernels  # noqa: E402
 from ood_core.ops.topk_patch_softmax.kernels import sizes as shipped  # noqa: E402
-from ood_core.ops.topk_patch_softmax.torch import chunked  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of means of float32 probabilities against float64 on the same float32 inputs.
@@ -57,7 +57,7 @@ def only_kernels(monkeypatch):
         raise AssertionError("the torch backend ran")
 
     monkeypatch.setattr(shipped, "TILE", 16)
-    monkeypatch.setattr(kernels, "chunked", refuse)
+    monkeypatch.setattr(chunked, "match", refuse)
 
 
 SHAPES = {
@@ -150,9 +150,9 @@ def test_golden_values(k):
     ],
 )
 def test_the_torch_backend_runs_where_kernels_save_nothing(monkeypatch, shape, k, kind):
-    ran = []
+    ran, match = [], chunked.match
     monkeypatch.setattr(shipped, "TILE", 16)
-    monkeypatch.setattr(kernels, "chunked", lambda *given: ran.append(1) or chunked(*given))
+    monkeypatch.setattr(chunked, "match", lambda *given: ran.append(1) or match(*given))
     given = [x.to(kind) for x in inputs(*shape)]
     found = topk_patch_softmax(*(x.to(DEVICE) for x in given), k=k, backend="triton")
     expected = topk_patch_softmax(*(x.double() for x in given), k=k, backend="reference")
@@ -162,15 +162,18 @@ def test_the_torch_backend_runs_where_kernels_save_nothing(monkeypatch, shape, k
 
 
 def test_backend_is_chosen_by_device_and_gradient(monkeypatch):
+    def chosen(backend, *tensors):
+        return backends.implementation(chunked.__package__, backend, *tensors, gradients=False)
+
     on_gpu, trained = (SimpleNamespace(is_cuda=True, requires_grad=x) for x in (False, True))
-    assert _choose(None, [on_gpu, on_gpu]) is kernels.tiled
-    assert _choose(None, [on_gpu, trained]) is chunked
-    assert _choose(None, [torch.ones(1)]) is chunked
-    assert _choose("torch", [on_gpu]) is chunked
+    assert chosen(None, on_gpu, on_gpu) is kernels
+    assert chosen(None, on_gpu, trained) is chunked
+    assert chosen(None, torch.ones(1)) is chunked
+    assert chosen("torch", on_gpu) is chunked
     with torch.no_grad():
-        assert _choose(None, [on_gpu, trained]) is kernels.tiled
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
-    assert _choose(None, [on_gpu]) is chunked
+        assert chosen(None, on_gpu, trained) is kernels
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert chosen(None, on_gpu) is chunked
 
 
 def test_refusals_say_what_to_do(monkeypatch):
@@ -182,7 +185,7 @@ def test_refusals_say_what_to_do(monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda: True)
     with pytest.raises(ValueError, match=r"got cpu.*TRITON_INTERPRET=1"):
         topk_patch_softmax(local, text, k=1, backend="triton")
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):
         topk_patch_softmax(local, text, k=1, backend="triton")
 
@@ -222,6 +225,10 @@ def _compile_all():
         for name, target in TARGETS.items()
         for sizes in ("aligned", "ones")
     }
+
+
+def _kernel(name):
+    return getattr(import_module(f"{shipped.__package__}.{name}"), f"_{name}")
 
 
 def _compile(kernel, target, sizes):

@@ -8,14 +8,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ood_core.ops import backend as backends
 from ood_mofe import StackedExperts
-from ood_mofe.ops.expert_dispatch import _choose, expert_class_token, expert_tokens, loop
+from ood_mofe.ops import expert_class_token, expert_tokens
+from ood_mofe.ops.expert_dispatch import torch as loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
@@ -342,11 +345,12 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
 
 def test_backend_is_chosen_by_device(monkeypatch):
     on_gpu = SimpleNamespace(is_cuda=True)
-    assert _choose(None, on_gpu) is kernels
-    assert _choose(None, torch.ones(1)) is loop
-    assert _choose("torch", on_gpu) is loop
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
-    assert _choose(None, on_gpu) is loop
+    implementation = partial(backends.implementation, loop.__package__)
+    assert implementation(None, on_gpu) is kernels
+    assert implementation(None, torch.ones(1)) is loop
+    assert implementation("torch", on_gpu) is loop
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert implementation(None, on_gpu) is loop
 
 
 @functions
@@ -357,7 +361,7 @@ def test_refusals_say_what_to_do(function, monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda: True)
     with pytest.raises(ValueError, match=r"got cpu.*TRITON_INTERPRET=1"):
         function(*given, backend="triton")
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):
         function(*given, backend="triton")
 

@@ -25,16 +25,16 @@ import torch
 import triton
 from torch import Tensor
 
+from ood_core.ops.topk_patch_softmax import torch as chunked
 from ood_core.ops.topk_patch_softmax.kernels import sizes
 from ood_core.ops.topk_patch_softmax.kernels.group_entries import group_entries
 from ood_core.ops.topk_patch_softmax.kernels.tile_sums import _tile_sums, tile_sums
-from ood_core.ops.topk_patch_softmax.torch import chunked
 
 # Entries in the kept groups, at most, as a fraction of all P * C. Below 1, so there are always more than k groups.
 _KEPT = 0.25
 
 
-def tiled(
+def match(
     local: Tensor, text: Tensor, negatives: Tensor | None, ks: list[int], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Image-to-text and text-to-image means, each [N, K] for the K values in `ks`; without gradients.
@@ -44,7 +44,7 @@ def tiled(
     """
     patches, classes = local.shape[1], len(text)
     if local.dtype != torch.float32 or max(ks) * sizes.TILE > _KEPT * patches * classes:
-        return chunked(local, text, negatives, ks, temperature)
+        return chunked.match(local, text, negatives, ks, temperature)
     local, text = local.detach().contiguous(), text.detach().contiguous()
     columns = text if negatives is None else torch.cat([text, negatives.detach()])
     # Triton launches on the current device, which need not be the tensors'.
