@@ -81,7 +81,7 @@ def test_a_detector_stands_in_a_file_of_its_own():
 
 
 FORMS = ("reference.py", "torch.py", "triton.py")
-OPERATIONS = sorted({file.parent for file in FILES.values() if file.parent.parent.name == "ops"})
+OPERATIONS = sorted({file.parent for file in HOUSE.files.values() if file.parent.parent.name == "ops"})
 
 
 @pytest.mark.parametrize("folder", OPERATIONS, ids=lambda folder: folder.name)
@@ -98,6 +98,6 @@ def kernels(tree):
 
 
 def test_every_kernel_has_its_file():
-    found = {module: names for module, tree in TREES.items() if (names := kernels(tree))}
+    found = {module: names for module, tree in HOUSE.trees.items() if (names := kernels(tree))}
     assert len(found) == 8
     assert {module: [f"_{module.rpartition('.')[2]}"] for module in found} == found
