@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from harness import added_at_peak, in_own_process, publish
 from ood_core.evaluation import environment
 from ood_mofe import StackedExperts
-from ood_mofe.dispatch import expert_class_token, expert_tokens
-from ood_mofe.dispatch.torch import class_token
+from ood_mofe.ops import expert_class_token, expert_tokens
+from ood_mofe.ops.expert_dispatch.torch import class_token
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "expert_dispatch.json"

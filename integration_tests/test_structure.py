@@ -78,3 +78,26 @@ def test_a_detector_stands_in_a_file_of_its_own():
     assert {name: place for name, place in homes.items() if place.startswith("ood_core")} == {
         name: f"ood_core.detectors.{name}" for name, place in homes.items() if place.startswith("ood_core")
     }
+
+
+FORMS = ("reference.py", "torch.py", "triton.py")
+OPERATIONS = sorted({file.parent for file in HOUSE.files.values() if file.parent.parent.name == "ops"})
+
+
+@pytest.mark.parametrize("folder", OPERATIONS, ids=lambda folder: folder.name)
+def test_every_operation_has_the_same_files(folder):
+    names = {file.name for file in folder.glob("*.py")}
+    assert {"__init__.py", "reference.py", "torch.py"} <= names <= {"__init__.py", *FORMS}
+    assert ("triton.py" in names) == (folder / "kernels").exists()
+
+
+def kernels(tree):
+    """Functions for the device that are launched; those with public names are called by them."""
+    compiled = [one for one in tree.body if "triton.jit" in map(ast.unparse, getattr(one, "decorator_list", ()))]
+    return [one.name for one in compiled if f"{one.name}[" in ast.unparse(tree)]
+
+
+def test_every_kernel_has_its_file():
+    found = {module: names for module, tree in HOUSE.trees.items() if (names := kernels(tree))}
+    assert len(found) == 8
+    assert {module: [f"_{module.rpartition('.')[2]}"] for module in found} == found

@@ -13,9 +13,9 @@ from ood_core.backbones.base import Backbone
 from ood_core.errors import UsageError
 from torch import Tensor, nn
 
-from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.experts import StackedExperts
 from ood_mofe.functional import CLIP_LOGIT_SCALE, _weighted
+from ood_mofe.ops import expert_class_token, expert_tokens
 
 __all__ = ["GroupHeads", "MoFENetwork", "Readout", "TextGroupHeads", "TextHead", "require_class_token"]
 

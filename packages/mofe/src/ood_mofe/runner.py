@@ -36,7 +36,7 @@ KS = (10, 50, 100, 200, 500, 1000)
 
 _CODE = (
     "ood_mofe.runner",
-    *(f"ood_mofe.{name}" for name in ("detectors", "dispatch", "experts", "functional", "groups", "model")),
+    *(f"ood_mofe.{name}" for name in ("detectors", "experts", "functional", "groups", "model", "ops")),
     *("ood_mofe.partition", "ood_mofe.training"),
 )
 """What the figures are computed by; those of other methods by the first alone, and the core."""
