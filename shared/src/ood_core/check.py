@@ -120,8 +120,8 @@ def share(name: str, value: Any) -> float:
         TypeError: not a number.
         ValueError: out of range.
     """
-    if not 0 < factor(name, value) <= 1:
-        raise ValueError(f"{name}={value!r} must be a share above 0 and at most 1.")
+    if positive(name, value) > 1:
+        raise ValueError(f"{name}={value} must be at most 1, the whole.")
     return float(value)
 
 

@@ -45,9 +45,9 @@ class Detector(ABC):
     """Base of all detectors.
 
     Subclasses name what they `need` from a backbone, take their options as keyword arguments of `__init__` (stored
-    under the same names), many in groups (see `ood_core.options`), and implement `_score`; those that learn something implement `_fit` and keep tensors in
-    `self.state`, which is saved with them. What they hold of a backbone is in `held`, what they know of ID images in
-    `ood_core.calibration`, how they lie on a disk in `storage`.
+    under the same names; many of them in groups, see `ood_core.options`) and implement `_score`; those that learn
+    something implement `_fit` and keep tensors in `self.state`, which is saved with them. What they hold of a backbone
+    is in `held`, what they know of ID images in `ood_core.calibration`, how they lie on a disk in `storage`.
 
     Attributes:
         name: the name in the registry.

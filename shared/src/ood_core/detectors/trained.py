@@ -19,12 +19,13 @@ from ood_core.detectors.base import Detector, backbone_of
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
 from ood_core.files import json_writer
+from ood_core.options import Options
 
 __all__ = ["Run", "TrainedDetector", "described"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Options):
     """How a training runs, which changes nothing of what it learns; see `TrainedDetector.fit_images`."""
 
     checkpoint: str | Path | None = None
