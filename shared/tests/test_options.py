@@ -107,3 +107,5 @@ def test_a_detector_reads_gets_and_sets_its_options_by_their_own_names():
     with pytest.raises(ValueError, match="k=0"):
         detector.set_params(k=0)
     assert detector.k == 5
+    detector.k = 6
+    assert detector.scoring == Scoring(k=6)

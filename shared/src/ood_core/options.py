@@ -142,10 +142,17 @@ def flat_options(function: F) -> F:
 
 
 def expose(cls: type) -> None:
-    """Let the options of a class's groups be read as attributes of its objects.
+    """Let the options of a class's groups be read, and set, as attributes of its objects.
 
     Args:
         cls: its constructor keeps every group under the group's name.
     """
     for option, group in owners(groups_of(cls.__init__)).items():  # type: ignore[misc]
-        setattr(cls, option, property(attrgetter(f"{group}.{option}")))
+        setattr(cls, option, _view(group, option))
+
+
+def _view(group: str, option: str) -> property:
+    def put(self: Any, value: Any) -> None:
+        setattr(self, group, replace(getattr(self, group), **{option: value}))
+
+    return property(attrgetter(f"{group}.{option}"), put)

@@ -101,8 +101,8 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
     backbone = backbone_of(detector)
     features = extract(backbone, [image], detector.needs, progress=False)
     scales = detector.scales(features)
-    probabilities, score, predicted = scales.combined(detector.patch_mean)
-    n, transform = detector.n, backbone.transform
+    probabilities, score, predicted = scales.combined(detector.matching.patch_mean)
+    n, transform = detector.pyramid.n, backbone.transform
     shapes = ((n, n), (2 * n, 2 * n))
     return Explanation(
         image=transform.frame(image),
@@ -111,7 +111,7 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
         is_ood=None if detector.threshold is None else bool(detector.is_ood(score.float().cpu())),
         predicted=detector.class_names[int(predicted)],
         probabilities=probabilities[0].cpu(),
-        scale_probabilities=torch.cat(scales.pooled(detector.patch_mean)).cpu(),
+        scale_probabilities=torch.cat(scales.pooled(detector.matching.patch_mean)).cpu(),
         entropies=(scales.entropy1.view(shapes[0]).cpu(), scales.entropy2.view(shapes[1]).cpu()),
         kept=(scales.keep1.view(shapes[0]).cpu(), scales.keep2.view(shapes[1]).cpu()),
         best_class=(scales.log_p[1].argmax(-1).view(shapes[0]).cpu(), scales.log_p[2].argmax(-1).view(shapes[1]).cpu()),
