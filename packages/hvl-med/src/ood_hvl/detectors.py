@@ -158,8 +158,7 @@ class HVL(TrainedDetector):
                 self.training.learning_rate * (1 + math.cos(math.pi * epoch / self.training.epochs)) / 2
             ),
             seed=self.training.seed,
-            recipe=self._recipe(images, backbone.fingerprint),
-            **run.keeping,
+            **run.keeping(self._recipe(images, backbone.fingerprint)),
         )
         self.state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 

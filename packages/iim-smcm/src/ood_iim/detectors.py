@@ -23,7 +23,7 @@ from ood_core.features import FeatureSet, extract
 from ood_core.functional import mcm, released_image_to_text, unsaturated_match
 from ood_core.ops import topk_patch_softmax
 from ood_core.options import flat_options
-from ood_core.training import train
+from ood_core.training import Epochs, train
 from PIL import Image
 from torch import Tensor
 
@@ -206,10 +206,8 @@ class IIM(TrainedDetector):
             ),
             learning_rate=partial(learning_rate, peak=self.training.learning_rate, epochs=self.training.epochs),
             seed=self.training.seed,
-            drop_last=True,
-            before_epoch=patches.prepare,
-            recipe=self._recipe(images, backbone.fingerprint),
-            **run.keeping,
+            in_epoch=Epochs(drop_last=True, before_epoch=patches.prepare),
+            **run.keeping(self._recipe(images, backbone.fingerprint)),
         )
         self._take(backbone, learner)
 

@@ -21,7 +21,7 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors.trained import Run
 from ood_core.features import stream
 from ood_core.options import flat_options
-from ood_core.training import train
+from ood_core.training import Epochs, train
 from torch import Tensor, nn
 
 from ood_mofe.functional import (
@@ -591,11 +591,12 @@ def train_network(
         batch_size=training.batch_size,
         optimizer=optimizer,
         learning_rate=partial(schedule, peak=training.learning_rate, epochs=training.epochs, steps=steps),
-        per_step=True,
-        whole_batch=True,
-        before_epoch=views.prepare if training.augment else None,
-        after_epoch=None if validation is None else validation.figures,
+        in_epoch=Epochs(
+            per_step=True,
+            whole_batch=True,
+            before_epoch=views.prepare if training.augment else None,
+            after_epoch=None if validation is None else validation.figures,
+        ),
         seed=training.seed,
-        recipe=recipe,
-        **run.keeping,
+        **run.keeping(recipe),
     )

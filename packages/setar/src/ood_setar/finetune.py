@@ -19,7 +19,7 @@ from ood_core.data.augment import LiveViews
 from ood_core.data.sources import ImageSource
 from ood_core.errors import UsageError
 from ood_core.options import flat_options
-from ood_core.training import train
+from ood_core.training import Epochs, Keeping, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -245,12 +245,9 @@ def finetune(
         batch_size=training.batch_size,
         optimizer=optimizer,
         learning_rate=lambda epoch: training.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / training.epochs)),
-        per_step=True,
-        before_epoch=pixels.prepare,
+        in_epoch=Epochs(per_step=True, before_epoch=pixels.prepare),
         seed=training.seed,
-        checkpoint=checkpoint,
-        resume=resume,
-        recipe=settings | {"ratios": edit.ratios, "scale": edit.scale, "start": start},
+        keeping=Keeping(checkpoint, resume, settings | {"ratios": edit.ratios, "scale": edit.scale, "start": start}),
         progress=progress,
     )
     record = edit.record | {"finetune": settings, "history": history}
