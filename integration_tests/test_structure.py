@@ -1,11 +1,15 @@
 """The structure of the packages: what imports what, whose private names are used, what stands where."""
 
 import ast
+import importlib
+import inspect
 import sys
 import tomllib
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+from ood_core.options import Options
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -101,3 +105,37 @@ def test_every_kernel_has_its_file():
     found = {module: names for module, tree in HOUSE.trees.items() if (names := kernels(tree))}
     assert len(found) == 8
     assert {module: [f"_{module.rpartition('.')[2]}"] for module in found} == found
+
+
+def takers():
+    """Every public callable, methods too, by its dotted name; records are left out, whose fields are what was found."""
+    for module in HOUSE.files:
+        if module.endswith("__main__"):
+            continue
+        home = importlib.import_module(module)
+        for name in getattr(home, "__all__", ()):
+            value = getattr(home, name)
+            if callable(value) and not is_record(value):
+                yield f"{module}.{name}", value
+            for own, method in vars(value).items() if inspect.isclass(value) else ():
+                if own[0] != "_" and inspect.isfunction(method):
+                    yield f"{module}.{name}.{own}", method
+
+
+def is_record(value):
+    return inspect.isclass(value) and is_dataclass(value) and not issubclass(value, Options)
+
+
+def test_nothing_public_takes_more_than_twelve_parameters():
+    counts = {name: len(inspect.signature(taker).parameters) for name, taker in takers() if has_signature(taker)}
+    assert len(counts) > 300
+    # Its parameters are those of a block, one tensor each.
+    allowed = {"ood_mofe.StackedExperts", "ood_mofe.experts.StackedExperts"}
+    assert {name: count for name, count in counts.items() if count > 12 and name not in allowed} == {}
+
+
+def has_signature(taker):
+    try:
+        return bool(inspect.signature(taker))
+    except ValueError:  # a type of C's
+        return False

@@ -87,12 +87,12 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
         >>> explain(detector, Image.open("lesion.jpg")).draw("why.png")  # doctest: +SKIP
     """
     features, judgement = judged(detector, image, "an 'hvl' detector", "hvl")
-    scales, n = detector.scales(features), detector.n
+    scales, n = detector.scales(features), detector.pyramid.n
     shapes = ((n, n), (2 * n, 2 * n))
     return Explanation(
         **judgement,
-        probabilities=scales.combined(detector.patch_mean)[0][0].cpu(),
-        scale_probabilities=torch.cat(scales.pooled(detector.patch_mean)).cpu(),
+        probabilities=scales.combined(detector.matching.patch_mean)[0][0].cpu(),
+        scale_probabilities=torch.cat(scales.pooled(detector.matching.patch_mean)).cpu(),
         entropies=(scales.entropy1.view(shapes[0]).cpu(), scales.entropy2.view(shapes[1]).cpu()),
         kept=(scales.keep1.view(shapes[0]).cpu(), scales.keep2.view(shapes[1]).cpu()),
         best_class=(scales.log_p[1].argmax(-1).view(shapes[0]).cpu(), scales.log_p[2].argmax(-1).view(shapes[1]).cpu()),

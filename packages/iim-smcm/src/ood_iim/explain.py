@@ -99,14 +99,14 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
     predicted, texts = detector.class_names.index(judgement["predicted"]), _texts(detector)
     # In float64, so that the terms sum to the score in all its digits.
     whole, local = features.image.double(), features.local[0].double()
-    p, q = _probabilities(local, texts, detector.temperature)
-    (patches, classes), k = p.shape, default_k(detector.k, len(local))
+    p, q = _probabilities(local, texts, detector.scoring.temperature)
+    (patches, classes), k = p.shape, default_k(detector.scoring.k, len(local))
     positive, ood = _mined(detector, local @ texts.local[predicted])
     return Explanation(
         **judgement,
-        mcm=float(mcm(whole, texts.whole, temperature=detector.temperature)),
+        mcm=float(mcm(whole, texts.whole, temperature=detector.scoring.temperature)),
         image_to_text=_mean_of_largest(p, k),
-        text_to_image=detector.alpha * patches / classes * _mean_of_largest(q, k),
+        text_to_image=detector.scoring.alpha * patches / classes * _mean_of_largest(q, k),
         positive_patches=positive,
         ood_patches=ood,
         best_class=p.argmax(1).view(grid),
@@ -132,8 +132,8 @@ def _texts(detector: SMCM | IIM) -> _Texts:
         return _Texts(text, text)
     whole, local = (detector.state[name].double() for name in ("text", "local_text"))
     trained = cast("IIM", detector)
-    used = "negatives" in trained.state and trained.negatives == "use"
-    return _Texts(whole, local, trained.state["negatives"].double() if used else None, trained.form)
+    used = "negatives" in trained.state and trained.scoring.negatives == "use"
+    return _Texts(whole, local, trained.state["negatives"].double() if used else None, trained.scoring.form)
 
 
 def _probabilities(local: Tensor, texts: _Texts, temperature: float) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ def _probabilities(local: Tensor, texts: _Texts, temperature: float) -> tuple[Te
 def _mined(detector: SMCM | IIM, similarity: Tensor) -> tuple[list[int], list[int]]:
     """Patches of ranks 1 to k and k + 1 to 2k of a class's similarities [P], with the k of the training of IIM."""
     patches = len(similarity)
-    k = min(patches, default_k(getattr(detector, "train_k", detector.k), patches))
+    k = min(patches, default_k(getattr(detector, "train_k", detector.scoring.k), patches))
     ranked = similarity.argsort(descending=True, stable=True).tolist()
     return ranked[:k], ranked[k : 2 * k]
 

@@ -150,7 +150,7 @@ def explain(
 def _compared_with(detector: MoFE, features: FeatureSet) -> tuple[Tensor, Tensor]:
     """Entries of the bank [K, D] and their rows [K]."""
     bank, rows = detector.state["bank"], detector.state["bank_row"]
-    if detector.bank == "global":
+    if detector.scoring.bank == "global":
         return bank, rows
     mine = detector.state["bank_expert"] == features.extra["router"].argmax(1).cpu()
     return bank[mine], rows[mine]
@@ -164,7 +164,7 @@ def _nearest(query: Tensor, bank: Tensor, rows: Tensor, count: int) -> list[Neig
 
 def _known_distances(detector: MoFE, bank: Tensor) -> tuple[str, Tensor]:
     """What is known of the same distance for ID images; entries of the bank are compared with the others."""
-    if detector.scorer == "knn" and detector.calibration is not None:
+    if detector.scoring.scorer == "knn" and detector.calibration is not None:
         return "calibration images", -detector.calibration.scores
     few = bank[torch.linspace(0, max(len(bank) - 1, 0), min(len(bank), _MOST)).round().long()]
     if len(bank) < 2:
