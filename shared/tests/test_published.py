@@ -7,21 +7,13 @@ from importlib.resources import files
 import open_clip
 import pytest
 from ood_core import create_detector, extract
-from ood_core.cli.common import print_differences
 from ood_core.data import open_source
 from ood_core.detectors.base import right_predictions
-from ood_core.published import (
-    MARGIN,
-    Beside,
-    accuracy_beside,
-    beside,
-    difference_cells,
-    imagenet_accuracy,
-    legend,
-    zero_shot_beside,
-)
+from ood_core.reproduction.command import print_differences
+from ood_core.reproduction.published import accuracy_beside, imagenet_accuracy, zero_shot_beside
+from ood_core.reproduction.tables import MARGIN, Beside, beside, difference_cells, legend
 
-ROWS = json.loads((files("ood_core.published") / "imagenet_zero_shot.json").read_text())["rows"]
+ROWS = json.loads((files("ood_core.reproduction") / "imagenet_zero_shot.json").read_text())["rows"]
 
 
 def test_only_what_both_have_is_compared():
@@ -93,10 +85,10 @@ def test_the_zero_shot_accuracy_is_measured_where_one_is_published(monkeypatch, 
     detector = create_detector("mcm", backbone=small_backbone, class_names=names)
     accuracy = right_predictions(detector, extract(small_backbone, source, {"image"})).float().mean().item()
     assert zero_shot_beside(small_backbone, source, names) == ({}, "")
-    monkeypatch.setattr("ood_core.published.IMAGENET_CLASSES", len(names))
+    monkeypatch.setattr("ood_core.reproduction.published.IMAGENET_CLASSES", len(names))
     assert zero_shot_beside(small_backbone, source, names) == ({}, "")  # nothing is published of it
     known = {"accuracy": 90.0, "templates": "imagenet", "source": "a table", "same_prompts": True}
-    monkeypatch.setattr("ood_core.published.imagenet_accuracy", lambda spec, template=None: known)
+    monkeypatch.setattr("ood_core.reproduction.published.imagenet_accuracy", lambda spec, template=None: known)
     record, sentence = zero_shot_beside(small_backbone, source, names, needs={"image", "local"})
     assert record["measured"] == pytest.approx(100 * accuracy)
     assert record["off"] == (abs(100 * accuracy - 90) > MARGIN)
