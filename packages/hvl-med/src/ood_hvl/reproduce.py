@@ -35,7 +35,7 @@ from ood_core.reproduction import tables
 from ood_core.reproduction.command import print_differences, show_found
 from ood_core.reproduction.kept import Run, UsedImages, kept_runs, recipe
 from ood_core.reproduction.studies import spread, study_options
-from ood_core.reproduction.tables import Beside, beside, percent
+from ood_core.reproduction.tables import Beside, beside, figure_cell, percent
 
 from ood_hvl.detectors import HVL
 from ood_hvl.layouts import Layout, Task, find_layout, inspect_layout
@@ -119,7 +119,7 @@ def _show(args: argparse.Namespace, results: dict[str, Any], notes: list[str]) -
         return
     rows = [[name, *(percent(row[measure]) for measure in _COLUMNS)] for name, row in results.items()]
     for row in published:
-        rows.append([f"published: {row['method']}", *(_published_cell(row, measure) for measure in _COLUMNS)])
+        rows.append([f"published: {row['method']}", *(figure_cell(row, [measure]) for measure in _COLUMNS)])
     print_table([f"percent, FPR95 {_CONVENTION}", "accuracy", "FPR95", "AUROC"], rows)
     print_differences(found, _COLUMNS, _COLUMNS)
     for note in notes:
@@ -169,11 +169,6 @@ def _published(protocol: str, study: str | None) -> list[dict[str, Any]]:
         return []
     rows = published_table(2)["rows"]
     return [{"method": name, **row["sets"][protocol]} for name, row in zip(PARTS, rows, strict=True)]
-
-
-def _published_cell(row: dict[str, Any], measure: str) -> str:
-    spread = row.get(f"{measure}_std")
-    return f"{row[measure]:.2f}" + (f"±{spread:.2f}" if spread is not None else "")
 
 
 # ---- published

@@ -9,7 +9,9 @@ from typing import Any
 
 from ood_core.cli.common import (
     add_backbone_arguments,
+    add_class_arguments,
     add_command,
+    add_convention_argument,
     command_parser,
     extraction_options,
     given_class_names,
@@ -68,9 +70,7 @@ def _add_sweep(verbs: Any) -> None:
     parser.add_argument("--id", metavar="SOURCE", required=True, help="ID images, labelled for the accuracy")
     parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", default=[], help="OOD test sets")
     parser.add_argument("--validation", metavar="SOURCE", help="OOD images to choose by; test sets are not used for it")
-    parser.add_argument(
-        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
-    )
+    add_convention_argument(parser)
     parser.add_argument("--k", type=int, nargs="+", metavar="K", help="default: 1, 2, 5, 10, ... up to the patches")
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5], metavar="A")
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="T")
@@ -103,8 +103,7 @@ def _add_reproduce(verbs: Any) -> None:
         default=[],
         help="class names that --study prototypes compares, without any images (default: both halves of ImageNet)",
     )
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-    parser.add_argument("--template", metavar="T", help="prompt of the global term (default: 'a photo of a {}.')")
+    add_class_arguments(parser, usual="'a photo of a {}.', of the global term")
     parser.add_argument("--no-cache", action="store_true", help="encode test images anew in every trial")
 
 

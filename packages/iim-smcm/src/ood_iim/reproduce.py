@@ -28,7 +28,7 @@ from ood_core.protocols import Protocol, find_protocol, inspect_protocol
 from ood_core.reproduction.command import print_differences, show_found
 from ood_core.reproduction.published import zero_shot_beside
 from ood_core.reproduction.studies import study_options
-from ood_core.reproduction.tables import Beside, beside, published_table
+from ood_core.reproduction.tables import Beside, beside, figure_cell, published_table
 
 from ood_iim.detectors import IIM
 from ood_iim.plot import draw_prototypes
@@ -290,8 +290,7 @@ def _our_row(name: str, score: str, figures: dict[str, Any], sets: list[str]) ->
 
 def _cells(row: dict[str, Any], sets: list[str]) -> list[str]:
     """FPR95 / AUROC of a published row, in percent there already."""
-    figures = [row["ood"].get(name) for name in sets] + [row["average"]]
-    return ["" if f is None else f"{f['fpr95']:.2f} / {f['auroc']:.2f}" for f in figures]
+    return [*map(figure_cell, (*map(row["ood"].get, sets), row["average"]))]
 
 
 def _percent(value: float | None) -> str:

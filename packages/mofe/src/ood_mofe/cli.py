@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ood_core.cli.common import (
+    add_classes_argument,
     add_command,
+    add_convention_argument,
+    add_param_argument,
     add_reading_arguments,
     check_output,
     command_parser,
@@ -73,17 +76,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_partition(verbs: Any) -> None:
     parser = add_command(verbs, "partition", partition, "divide the classes among experts, print and plot")
     parser.add_argument("source", metavar="SOURCE", help="labelled ID images, e.g. one folder per class")
-    parser.add_argument(
-        "--param",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="option of MoFE such as experts=7 (see README)",
-    )
+    add_param_argument(parser, "option of MoFE such as experts=7 (see README)")
     parser.add_argument("--groups", metavar="FILE", help="csv of class and group, to start from or to look at")
     parser.add_argument("--out", metavar="FILE.csv", help="groups to write, for --param groups= of fit")
     parser.add_argument("--plot", metavar="FILE.png", help="picture of the classes (needs ood-mofe[plot])")
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
+    add_classes_argument(parser)
     parser.set_defaults(template=None)
     add_reading_arguments(parser, backbone="tiny")
 
@@ -113,9 +110,7 @@ def _add_reproduce(verbs: Any) -> None:
         "--fine-classes", metavar="FILE", help="classes of --study fine_grained, one name or WordNet id per line"
     )
     parser.add_argument("--plot", metavar="FILE.png", help="picture of --study fine_grained (needs ood-mofe[plot])")
-    parser.add_argument(
-        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
-    )
+    add_convention_argument(parser)
     parser.add_argument("--keep", action="store_true", help="keep every trained detector with its bank, too")
 
 

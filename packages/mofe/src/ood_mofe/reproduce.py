@@ -23,7 +23,7 @@ from ood_core.protocols import find_protocol, inspect_protocol, summarise_protoc
 from ood_core.reproduction import tables
 from ood_core.reproduction.command import print_differences, show_found
 from ood_core.reproduction.studies import study_options
-from ood_core.reproduction.tables import Beside, beside, percent
+from ood_core.reproduction.tables import Beside, beside, figure_cell, percent
 
 from ood_mofe.plot import draw_classes
 from ood_mofe.runner import KS, Bench, Setting, summarise
@@ -386,6 +386,5 @@ def _norm(row: Mapping[str, Any]) -> str:
 
 def _theirs(row: Mapping[str, Any], sets: list[str]) -> list[str]:
     figures = [row.get("sets", {}).get(name) for name in sets] + [row.get("average")]
-    cells = ["" if f is None else f"{f['fpr95']:.2f} / {f['auroc']:.2f}" for f in figures]
     last = [f"{row[name]:.2f}" if name in row else "" for name in ("accuracy", "gain")]
-    return [f"published on {row['backbone']}: {row['method']}", *cells, *last, ""]
+    return [f"published on {row['backbone']}: {row['method']}", *map(figure_cell, figures), *last, ""]

@@ -8,9 +8,11 @@ from typing import Any
 
 from ood_core.cli.common import (
     add_backbone_arguments,
+    add_class_arguments,
     add_command,
     add_evaluation_arguments,
     add_json_argument,
+    add_param_argument,
     add_reading_arguments,
     add_shots_argument,
     add_source_arguments,
@@ -24,6 +26,8 @@ from ood_core.reproduction.command import add_reproduce
 from ood_setar import __version__, commands
 
 __all__ = ["main"]
+
+_TEMPLATE = "a photo of a {}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_evaluation_arguments(evaluate, required=False)
     evaluate.add_argument("--classify", metavar="LABELS.json", help="accuracy on --id by these labels instead")
-    evaluate.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of the detectors")
-    _add_class_arguments(evaluate, template=None)
+    add_param_argument(evaluate, "option of the detectors")
+    add_class_arguments(evaluate)
     evaluate.add_argument("--out", metavar="DIR", help="for results.json, scores.parquet and report.html")
     add_reading_arguments(evaluate, backbone=None)
 
@@ -105,26 +109,18 @@ def _add_reproduce(verbs: Any) -> None:
         default=[],
         help="labels of an image set, for table 4",
     )
-    _add_class_arguments(parser)
+    add_class_arguments(parser, _TEMPLATE, repr(_TEMPLATE))
 
 
 def _add_making_arguments(parser: argparse.ArgumentParser, function: str) -> None:
-    _add_class_arguments(parser)
+    add_class_arguments(parser, _TEMPLATE, repr(_TEMPLATE))
     add_shots_argument(parser)
     parser.add_argument("--seed", type=int, default=5, help="of the draw and all that is random (default: 5)")
-    parser.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", default=[], help=f"option of {function} (see README)"
-    )
+    add_param_argument(parser, f"option of {function} (see README)")
     add_backbone_arguments(parser, dtype="float32")  # rounded weights have other singular values
     add_workers_argument(parser, default_workers())
     add_source_arguments(parser)
     add_json_argument(parser)
-
-
-def _add_class_arguments(parser: argparse.ArgumentParser, *, template: str | None = "a photo of a {}") -> None:
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-    default = "the detector's own" if template is None else repr(template)
-    parser.add_argument("--template", metavar="T", default=template, help=f"prompt (default: {default})")
 
 
 def _add_edit_argument(parser: argparse.ArgumentParser) -> None:

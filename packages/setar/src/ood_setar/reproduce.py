@@ -58,7 +58,7 @@ from ood_core.reproduction import studies, tables
 from ood_core.reproduction.command import print_differences
 from ood_core.reproduction.kept import kept_runs
 from ood_core.reproduction.studies import study_options
-from ood_core.reproduction.tables import Beside, beside
+from ood_core.reproduction.tables import Beside, beside, figure_cell
 
 from ood_setar.edit import SeTAREdit, read_edit
 from ood_setar.finetune import finetune, lora, lora_start, train_in
@@ -542,7 +542,7 @@ def lines(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in result["rows"]:
         comparable = set(row["sets"]) <= set(columns)
         figures = [*(row["sets"].get(name) for name in columns), row["average"] if comparable else None]
-        rows.append([_name(row, kind), *(_cell(figure, measures) for figure in figures)])
+        rows.append([_name(row, kind), *(figure_cell(figure, measures, apart="+-") for figure in figures)])
     return [f"{result['id']}, {result['backbone']}: {what}", *columns, "average"], rows
 
 
@@ -553,13 +553,6 @@ def _name(row: Row, kind: str | None) -> str:
     if row["origin"] != "ours" and row["backbone"] != kind:
         parts.append(row["backbone"])
     return ", ".join(part for part in parts if part)
-
-
-def _cell(figure: Mapping[str, float] | None, measures: Sequence[str]) -> str:
-    if figure is None:
-        return ""
-    spreads = {name: f"+-{figure[f'{name}_std']:.2f}" if f"{name}_std" in figure else "" for name in measures}
-    return " / ".join(f"{figure[name]:.2f}{spreads[name]}" for name in measures)
 
 
 # ---- what is run

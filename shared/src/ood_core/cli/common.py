@@ -156,6 +156,31 @@ def add_reading_arguments(parser: argparse.ArgumentParser, *, backbone: str | No
     add_json_argument(parser)
 
 
+def add_param_argument(parser: argparse.ArgumentParser, what: str = "option of the method (see README)") -> None:
+    """--param."""
+    parser.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help=what)
+
+
+def add_class_arguments(
+    parser: argparse.ArgumentParser, template: str | None = None, usual: str = "the detector's own"
+) -> None:
+    """--classes and --template."""
+    add_classes_argument(parser)
+    about = f"prompt with {{}} for the class name, or the name of a set (default: {usual})"
+    parser.add_argument("--template", metavar="T", default=template, help=about)
+
+
+def add_classes_argument(parser: argparse.ArgumentParser) -> None:
+    """--classes."""
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
+
+
+def add_convention_argument(parser: argparse.ArgumentParser) -> None:
+    """--convention."""
+    rules = ("standard", "released", "openood")
+    parser.add_argument("--convention", choices=rules, default="standard", help="FPR rule")
+
+
 def add_shots_argument(parser: argparse.ArgumentParser) -> None:
     """--shots."""
     parser.add_argument("--shots", type=int, metavar="N", help="images per class, drawn with --seed (default: all)")
@@ -231,11 +256,8 @@ def default_workers() -> int:
 def add_detector_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--detector, --classes, --template, --param, --fit and the backbone's."""
     parser.add_argument("--detector", metavar="NAME_OR_DIR", action="extend", nargs="+", required=required, default=[])
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-    parser.add_argument("--template", metavar="T", help="prompt with {} for the class name, or the name of a set")
-    parser.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", default=[], help="option of the detectors that have it"
-    )
+    add_class_arguments(parser)
+    add_param_argument(parser, "option of the detectors that have it")
     parser.add_argument("--fit", metavar="SOURCE", help="labelled ID images for detectors that learn")
     add_backbone_arguments(parser, default=None)
     add_extraction_arguments(parser)
@@ -280,9 +302,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, *, required: bool 
     parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=required, default=[])
     parser.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
     add_overlap_argument(parser)
-    parser.add_argument(
-        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
-    )
+    add_convention_argument(parser)
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="replicates for 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0)
 

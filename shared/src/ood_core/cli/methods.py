@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ood_core.cli import commands as core
 from ood_core.cli.common import (
+    add_class_arguments,
     add_command,
     add_evaluation_arguments,
     add_overlap_argument,
+    add_param_argument,
     add_reading_arguments,
     add_score_arguments,
     add_shots_argument,
@@ -70,11 +72,8 @@ class TrainedMethod:
         parser.add_argument("--calibrate", metavar="SOURCE", help="other ID images that set the threshold")
         add_overlap_argument(parser)
         parser.add_argument("--tpr", type=float, default=0.95, help="share of them to accept (default: 0.95)")
-        parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-        parser.add_argument("--template", metavar="T", help="prompt with {} for the class name")
-        parser.add_argument(
-            "--param", metavar="KEY=VALUE", action="append", default=[], help="option of the method (see README)"
-        )
+        add_class_arguments(parser)
+        add_param_argument(parser)
         if shots:
             add_shots_argument(parser)
         add_reading_arguments(parser, backbone="tiny")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ood_core.cli.common import (
     add_command,
+    add_param_argument,
     add_reading_arguments,
     default_workers,
     message,
@@ -59,16 +60,9 @@ def add_reproduce(
     )
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     parser.add_argument("--set", dest="overrides", metavar="NAME=DIR", help="other folder of an image set", **several)
-    parser.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", default=[], help="option of the method (see README)"
-    )
+    add_param_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what is found and what is missing")
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        default=folder,
-        help="figures of every run; finished ones stay",
-    )
+    parser.add_argument("--out", metavar="DIR", default=folder, help="figures of every run; finished ones stay")
     add_reading_arguments(parser, backbone=backbone, dtype=dtype)
     parser.set_defaults(workers=default_workers())
     return parser

@@ -10,7 +10,7 @@ from typing import Any
 
 from ood_core.errors import unknown_name
 
-__all__ = ["MARGIN", "Beside", "beside", "difference_cells", "legend", "percent", "published_table"]
+__all__ = ["MARGIN", "Beside", "beside", "difference_cells", "figure_cell", "legend", "percent", "published_table"]
 
 
 def published_table(package: str, number: int) -> dict[str, Any]:
@@ -129,6 +129,28 @@ def legend(found: Sequence[Beside]) -> str:
         f"published one{'' if len(off) == 1 else 's'} (marked !)"
         f"{'' if len(off) == 1 else ', most'}: {worst.row}, {worst.place}, {worst.measure} by {worst.difference:+.2f}."
     )
+
+
+def figure_cell(
+    figures: Mapping[str, float] | None, measures: Sequence[str] = ("fpr95", "auroc"), *, apart: str = "±"
+) -> str:
+    """Figures in percent as a cell of a table, with their standard deviations where there are any; "" for None.
+
+    Args:
+        figures: by measure, "auroc", and its deviation, "auroc_std".
+        measures: those shown.
+        apart: between a figure and its deviation.
+
+    Example:
+        >>> figure_cell({"fpr95": 30.0, "auroc": 92.5, "auroc_std": 0.25})
+        '30.00 / 92.50±0.25'
+    """
+    if figures is None:
+        return ""
+    spreads = {
+        name: f"{apart}{std:.2f}" if (std := figures.get(f"{name}_std")) is not None else "" for name in measures
+    }
+    return " / ".join(f"{figures[name]:.2f}{spreads[name]}" for name in measures)
 
 
 def percent(figure: Mapping[str, Any] | None) -> str:
