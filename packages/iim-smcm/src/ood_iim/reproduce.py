@@ -71,7 +71,7 @@ def reproduce(args: argparse.Namespace) -> None:
     settings = _settings(args, backbone)
     args.cache = _trial_cache(args, sets, backbone)
     extraction = extraction_options(args) | {"needs": {"image", "local"}}
-    zero_shot = zero_shot_beside(backbone, sets.test, sets.class_names, args.template, **extraction)
+    zero_shot = zero_shot_beside(backbone, protocol.test, protocol.class_names, args.template, **extraction)
     rows = [
         _row(args, sets, backbone, shots, label, options) for shots in args.shots for label, options in settings.items()
     ]
