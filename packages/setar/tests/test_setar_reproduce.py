@@ -278,7 +278,7 @@ def test_kept_runs_of_other_settings_or_images_are_refused(arguments, difference
 def test_changed_code_is_refused_too(table_1, run, nothing_new, monkeypatch):
     nothing_new()
     monkeypatch.setattr(reproduce, "_CODE", (*reproduce._CODE, "ood_setar.plot"))
-    assert "code.ood_setar.lists was absent" in run(1, "--protocol", "setar-voc", code=2).err
+    assert "code.ood_setar.plot was absent" in run(1, "--protocol", "setar-voc", code=2).err
 
 
 def test_what_figures_do_not_depend_on_computes_nothing_anew(table_1, run, root, tmp_path, nothing_new):
