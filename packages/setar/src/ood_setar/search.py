@@ -39,6 +39,7 @@ __all__ = [
     "label_images",
     "load_labelled",
     "search",
+    "search_in",
     "visiting_order",
 ]
 
@@ -555,3 +556,17 @@ class _Log:
         line = {"step": step, "weight": weight, "ratio": ratio, "measured": measured}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def search_in(folder: str | Path, backbone: Backbone, images: Any, **options: Any) -> SeTAREdit:
+    """Search and save; a search that was interrupted goes on from the log in `folder`.
+
+    Args:
+        folder: for the edit.
+        backbone: unedited.
+        images: labelled.
+        **options: of `search`.
+    """
+    edit = search(backbone, images, log_file=Path(folder) / "search.jsonl", **options)
+    edit.save_pretrained(folder)
+    return edit
