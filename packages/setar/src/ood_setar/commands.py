@@ -21,7 +21,6 @@ from ood_core.cli.common import (
     training_images,
 )
 from ood_core.errors import UsageError, unknown_name
-from ood_core.options import option_names
 
 if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
@@ -114,6 +113,8 @@ _FLAGS = {"class_names": "--classes", "template": "--template", "seed": "--seed"
 
 def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
     """Class names, template, seed and the --param of a function."""
+    from ood_core.options import option_names
+
     given = parse_params(args.param)
     known = set(option_names(function, *_SET_OTHERWISE))
     for name in given:
@@ -139,9 +140,10 @@ def _label(edit: SeTAREdit) -> str:
 
 def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], source: ImageSource) -> Evaluation:
     from ood_core.detectors import create_detector, detector_class, known_options
+    from ood_core.options import method_options
 
     given = parse_params(args.param)
-    known = {option for name in args.detector for option in detector_class(name).option_names()}
+    known = {option for name in args.detector for option in method_options(detector_class(name))}
     if unused := sorted(given.keys() - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
     names = class_names_of(args, id_test=source)

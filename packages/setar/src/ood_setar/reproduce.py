@@ -53,7 +53,7 @@ from ood_core.detectors.base import Detector
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 from ood_core.evaluation import Evaluation, evaluate
 from ood_core.metrics import evaluate_scores
-from ood_core.options import option_names
+from ood_core.options import method_options, option_names
 from ood_core.protocols import FoundSet, Protocol, describe, find_protocol, inspect_protocol
 from ood_core.reproduction import studies, tables
 from ood_core.reproduction.command import print_differences
@@ -633,7 +633,7 @@ def find_mistakes(number: int, bench: Bench, scores: Sequence[str]) -> None:
     """
     known = [name for step in (search, finetune, lora) for name in option_names(step, *_OWN)]
     fixed = {score: _fixed(score) for score in scores}
-    known += [option for name, _ in fixed.values() for option in detector_class(name).option_names()]
+    known += [option for name, _ in fixed.values() for option in method_options(detector_class(name))]
     known = [name for name in known if name not in _OWN]
     for name in bench.params:
         if name not in known:
@@ -714,7 +714,7 @@ def _fixed(score: str) -> tuple[str, dict[str, Any]]:
         UsageError: an unknown detector, one without a temperature, or one that is no number above 0.
     """
     name, at, temperature = score.partition("@")
-    known = detector_class(name).option_names()
+    known = method_options(detector_class(name))
     if not at:
         return name, {}
     try:

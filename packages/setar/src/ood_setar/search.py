@@ -16,8 +16,9 @@ from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, UsageError, unknown_name
+from ood_core.features import label_table
 from ood_core.files import write_atomically
-from ood_core.labels import check_class_names, label_table
+from ood_core.labels import check_class_names
 from ood_core.options import flat_options
 from ood_core.progress import progress_bar
 from ood_core.prompts import fill, resolve_templates

@@ -435,9 +435,10 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
     """Detectors by name or folder, sharing backbones; saved ones keep theirs unless --backbone is given."""
     from ood_core.detectors import create_detector, detector_class, known_options
     from ood_core.detectors.base import Detector, leaves
+    from ood_core.options import method_options
 
     options = parse_params(args.param)
-    known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given).option_names()}
+    known = {name for given in args.detector if not _is_saved(given) for name in method_options(detector_class(given))}
     if unused := sorted(set(options) - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
     backbone = cache(partial(load_backbone, args))

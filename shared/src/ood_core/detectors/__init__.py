@@ -53,7 +53,9 @@ def known_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         >>> known_options("mcm", {"temperature": 2.0, "neighbours": 5})
         {'temperature': 2.0}
     """
-    return {option: options[option] for option in detector_class(name).option_names() if option in options}
+    from ood_core.options import method_options
+
+    return {option: options[option] for option in method_options(detector_class(name)) if option in options}
 
 
 def create_detector(
