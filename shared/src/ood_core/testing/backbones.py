@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def an_image_is_encoded_alone(backbone: Backbone) -> None:
 def capabilities_it_lacks_are_refused(backbone: Backbone) -> None:
     """With a sentence that names them."""
     x = _pixels(backbone, 1)
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "local": partial(backbone.encode_dense, x),
         "logits": partial(backbone.encode_logits, x),
         "text": partial(backbone.encode_text, _TEXTS),

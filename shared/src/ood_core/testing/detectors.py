@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ood_core.backbones.base import FEATURES, Backbone
-from ood_core.data.sources import ImageFolder
+from ood_core.data.sources import ImageFolder, ImageSource
 from ood_core.detectors import create_detector
 from ood_core.detectors.base import Detector
+from ood_core.detectors.trained import TrainedDetector
 from ood_core.errors import DataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.fusion import Fusion
@@ -42,7 +44,7 @@ def check_detector(detector: str | Factory, *, backbone: Backbone | str = "tiny"
     Args:
         detector: a name of `list_detectors()`; or a function of `class_names`, `template` and options that makes one,
             such as its class. Loading goes by name, so it must have an entry point.
-        backbone: what it reads images with.
+        backbone: what it reads images with; it must tell the generated images from noise.
         **options: of the detector, to keep a training short; on top of its `demo_options` if it is given by name.
 
     Raises:
@@ -146,12 +148,11 @@ def decisions_follow_from_the_scores(on: Subject) -> None:
     """The threshold is the highest that keeps the share; p-values are conformal."""
     detector, features = on.ready.detector, on.ready.features["test"]
     scores, known = on.ready.scores("test"), on.ready.scores("held")
-    _check_threshold(detector, known, 0.9)
+    below = scores < _check_threshold(detector, known, 0.9)
     for data in (features, scores):
-        same(detector.is_ood(data), scores < detector.threshold, "OOD must be what is below the threshold.")
+        same(detector.is_ood(data), below, "OOD must be what is below the threshold.")
         _check_p_values(detector.p_value(data), scores, known)
-    folder = on.bench.folders["test"]
-    same(detector.is_ood(folder), scores < detector.threshold, "Images must be judged as their features.")
+    same(detector.is_ood(on.bench.folders["test"]), below, "Images must be judged as their features.")
 
 
 def calibration_on_plain_numbers(on: Subject) -> None:
@@ -165,14 +166,15 @@ def calibration_on_plain_numbers(on: Subject) -> None:
     _check_p_values(detector.p_value(scores.tolist()), scores, known)
 
 
-def _check_threshold(detector: Detector, known: Tensor, tpr: float) -> None:
+def _check_threshold(detector: Detector, known: Tensor, tpr: float) -> float:
     threshold = detector.threshold
-    require(threshold is not None, "calibrate must set a threshold.")
+    if threshold is None:
+        raise AssertionError("calibrate must set a threshold.")
     kept = (known >= threshold).double().mean().item()
     require(kept >= tpr, f"The threshold must keep a share {tpr} of the known images, it keeps {kept:.3f}.")
-    if (higher := known[known > threshold]).numel():
-        kept = (known >= higher.min()).double().mean().item()
-        require(kept < tpr, f"A higher threshold would keep a share {kept:.3f} of the known images, {tpr} is asked.")
+    kept = (known > threshold).double().mean().item()
+    require(kept < tpr, f"A higher threshold would keep a share {kept:.3f} of the known images, {tpr} is asked.")
+    return threshold
 
 
 def _check_p_values(found: Tensor, scores: Tensor, known: Tensor) -> None:
@@ -204,10 +206,10 @@ def loaded_and_copied_it_gives_the_same_bits(on: Subject) -> None:
     require({"config.json", "model.safetensors"} <= written, f"Saved were {sorted(written)}.")
     here = Detector.from_pretrained(ready.calibrated, backbone=on.bench.backbone)
     typed = on.kind.from_pretrained(ready.calibrated, backbone=on.bench.backbone)
-    others = {"Loaded": here, "Loaded by its class": typed, "Copied": copy.deepcopy(ready.detector)}
+    alone, clone = Detector.from_pretrained(ready.calibrated), copy.deepcopy(ready.detector)
+    others = {"Loaded": here, "Loaded by its class": typed, "Loaded without a backbone": alone, "Copied": clone}
     if on.bench.by_spec:
-        loaded = others["Loaded with its backbone"] = Detector.from_pretrained(ready.calibrated)
-        scores = loaded.score(on.bench.folders["test"])
+        scores = Detector.from_pretrained(ready.calibrated).score(on.bench.folders["test"])
         same(scores, ready.scores("test"), "Loaded with its backbone, it must score images as before.")
     for how, other in others.items():
         _check_twin(how, other, ready.detector, [ready.features[part] for part in ("test", "noise")])
@@ -218,10 +220,14 @@ def _check_twin(how: str, other: Detector, original: Detector, sets: list[Featur
     params, expected = other.get_params(), original.get_params()
     require(params == expected, f"{how}, its options are {params}, not {expected}.")
     require(other.class_names == original.class_names, f"{how}, its class names are {other.class_names}.")
+    require(other.template == original.template, f"{how}, its template is {other.template!r}.")
+    if isinstance(original, TrainedDetector):
+        require(other.history == original.history, f"{how}, it must have the record of its training.")  # type: ignore[attr-defined]  # of the same class
     for features in sets:
-        for call in ("score_features", "is_ood", "p_value"):
+        for call in ("score_features", "predict", "is_ood", "p_value"):
             found, before = (getattr(one, call)(features) for one in (other, original))
-            same(found, before, f"{how}, {call} must give the same bits.")
+            if before is not None:
+                same(found, before, f"{how}, {call} must give the same bits.")
 
 
 def a_loaded_one_refuses_another_backbone(on: Subject) -> None:
@@ -346,7 +352,7 @@ def features_that_are_no_numbers_are_refused(on: Subject) -> None:
     features, detector = on.ready.features["test"], on.ready.detector
     for value in (float("nan"), float("inf")):
         for name in sorted(detector.needs):
-            broken = _converted(features, lambda tensor, value=value: _spoilt(tensor, value), [name])
+            broken = _converted(features, partial(_spoilt, value=value), [name])
             for call in (detector.score_features, detector.predict, detector.is_ood):
                 refused(f"{name!r} with {value} in {call.__name__}", DataError, r"(?i)NaN or infinite", call, broken)
 
@@ -354,8 +360,30 @@ def features_that_are_no_numbers_are_refused(on: Subject) -> None:
 def features_to_fit_on_that_are_no_numbers_are_refused(on: Subject) -> None:
     """Before anything is learned."""
     if not on.ready.detector.changes_backbone:
-        broken = _converted(on.ready.features["train"], lambda tensor: _spoilt(tensor, float("nan")))
+        broken = _converted(on.ready.features["train"], partial(_spoilt, value=float("nan")))
         refused("NaN in fit", DataError, "NaN or infinite", copy.deepcopy(on.ready.detector).fit, broken)
+
+
+def labels_of_a_training_are_checked(on: Subject) -> None:
+    """Missing ones, a single class, others than the class names."""
+    if not issubclass(on.kind, TrainedDetector):
+        return
+    backbone, images = on.bench.backbone, on.bench.images_to_fit(on.ready.detector, "train")
+
+    def fit(class_names: list[str] | None = None, **changes: Any) -> None:
+        detector = on.make(class_names=class_names)
+        detector.attach(backbone)
+        detector.fit(_relabelled(images, **changes))
+
+    some = torch.as_tensor(images.labels).clone()
+    some[[2, 5]] = -1
+    refused("Images without labels", DataError, f"'{on.name}' needs labelled images to fit", fit, labels=None)
+    refused("A label that is missing", DataError, "2 of the images to fit on have no label", fit, labels=some)
+    refused("Labels that are no class", DataError, r"Labels \[.*\] are not among", fit, ["cat", "dog"])
+    one = {"labels": torch.zeros_like(some), "label_names": CLASSES[:1]}
+    refused("A single class", UsageError, "needs at least two classes", fit, **one)
+    twice = [CLASSES[0], f" {CLASSES[0]}", CLASSES[2]]
+    refused("Labels of the same name", UsageError, f"'{CLASSES[0]}'.* is given twice", fit, label_names=twice)
 
 
 def features_of_nothing_or_of_something_else_are_refused(on: Subject) -> None:
@@ -364,7 +392,7 @@ def features_of_nothing_or_of_something_else_are_refused(on: Subject) -> None:
     refused("No images", DataError, "empty", score, features[:0])
     elsewhere = replace(features, fingerprint="0" * 64, backbone="elsewhere")
     refused("Features of another backbone", UsageError, r"'elsewhere'.*Extract them again", score, elsewhere)
-    nothing = replace(features, **dict.fromkeys(FEATURES), extra={})
+    nothing = replace(features, image=None, local=None, logits=None, local_logits=None, extra={})
     refused("Features without those it needs", UsageError, "Extract with needs=", score, nothing)
 
 
@@ -429,6 +457,7 @@ _CHECKS: list[Callable[[Subject], None]] = [
     a_member_of_a_fusion,
     features_that_are_no_numbers_are_refused,
     features_to_fit_on_that_are_no_numbers_are_refused,
+    labels_of_a_training_are_checked,
     features_of_nothing_or_of_something_else_are_refused,
     before_the_fit_it_says_so,
     before_the_calibration_it_says_so,
@@ -449,9 +478,19 @@ def _converted(
 ) -> FeatureSet:
     """Features with a function applied to these tensors of them, or to every one."""
     made = {name: function(features.get(name)) for name in (names or _columns(features))}
-    own = {name: value for name, value in made.items() if name not in features.extra}
+    own: dict[str, Any] = {name: value for name, value in made.items() if name not in features.extra}
     return replace(features, extra=features.extra | {name: made[name] for name in made if name not in own}, **own)
 
 
 def _spoilt(tensor: Tensor, value: float) -> Tensor:
     return tensor.clone().index_fill_(0, torch.tensor([2]), value)
+
+
+def _relabelled(images: FeatureSet | ImageSource, **changes: Any) -> FeatureSet | ImageSource:
+    """The same images with other labels or label names."""
+    if isinstance(images, FeatureSet):
+        return replace(images, **changes)
+    part = images.subset(slice(None))
+    for name, value in changes.items():
+        setattr(part, name, value.numpy() if isinstance(value, Tensor) else value)
+    return part

@@ -6,7 +6,7 @@ import hashlib
 import random
 import tempfile
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import FEATURES, Backbone, hash_tensors
-from ood_core.data import scenes
+from ood_core.data import ImageFolder, scenes
 from ood_core.detectors import create_detector, detector_class
 from ood_core.detectors.base import Detector, backbone_of
 from ood_core.detectors.zero_shot import ZeroShot
@@ -78,9 +78,13 @@ class Workbench:
             self._features[key] = extract(backbone, self.folders[name], needs)
         return self._features[key]
 
+    def images_to_fit(self, detector: Detector, name: str) -> FeatureSet | ImageFolder:
+        """A set as the detector learns from it: its features, or images for one that changes the backbone."""
+        return ImageFolder(self.folders[name]) if detector.changes_backbone else self.read(detector, name)
+
     def fit(self, detector: Detector, name: str) -> Detector:
         """Fit on a set."""
-        return detector.fit(self.folders[name] if detector.changes_backbone else self.read(detector, name))
+        return detector.fit(self.images_to_fit(detector, name))
 
 
 @cache
@@ -141,16 +145,16 @@ class Subject:
         """Whether images teach it anything; the others must be told the class names."""
         return not issubclass(self.kind, ZeroShot)
 
-    @cached_property
-    def make(self) -> Factory:
-        """Makes it with the options given, on those of the demo."""
-        named = isinstance(self._detector, str)
-        factory = partial(create_detector, self._detector) if named else self._detector  # type: ignore[arg-type]
-        return partial(factory, **{**(self.kind.demo_options if named else {}), **self._options})
+    def make(self, class_names: Any = None) -> Detector:
+        """One with the options given, on those of the demo if it goes by name; without a backbone."""
+        if isinstance(self._detector, str):
+            options = {**self.kind.demo_options, **self._options}
+            return create_detector(self._detector, class_names=class_names, **options)
+        return self._detector(class_names=class_names, **self._options)
 
     def create(self, backbone: Backbone, class_names: list[str] = CLASSES) -> Detector:
         """An unfitted one; class names that are learned are those of the labels."""
-        made = self.make(class_names=None if self.learns else class_names)
+        made = self.make(None if self.learns else class_names)
         made.attach(backbone)
         return made
 
