@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from harness import publish
 from ood_core import create_backbone, list_detectors
-from ood_core.files import write_json
 from tiny_imagenet_100 import OTHERS, run
 
 RESULT = Path(__file__).parent / "results" / "bfloat16.json"
@@ -34,7 +34,7 @@ def main() -> int:
     }
     for name, figures in detectors.items():
         print(f"{name:12s} {100 * (figures['bfloat16'] - figures['float32']):+.3f} points")
-    write_json(RESULT, {"detectors": detectors, "environment": runs["bfloat16"]["environment"]})
+    publish(RESULT, {"detectors": detectors, "environment": runs["bfloat16"]["environment"]})
     return 0
 
 

@@ -24,12 +24,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak, in_own_process
+from harness import added_at_peak, in_own_process, publish
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_mofe import StackedExperts
-from ood_mofe.dispatch import expert_class_token, expert_tokens
-from ood_mofe.dispatch.torch import class_token
+from ood_mofe.ops import expert_class_token, expert_tokens
+from ood_mofe.ops.expert_dispatch.torch import class_token
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "expert_dispatch.json"
@@ -283,7 +282,7 @@ def main() -> None:
         "ceilings": ceilings(case, seconds) if case.device != "cpu" else None,
         "environment": environment(),
     }
-    write_json(RESULT, results)
+    publish(RESULT, results)
     for name, value in seconds.items():
         print(f"{name:28s} {1000 * value:9.3f} ms  {memory[name]:9.1f} MiB")
     print(json.dumps({key: results[key] for key in ("class_token_times_faster", "usual_over_ours", "ceilings")}))

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from harness import publish
 from ood_core import create_backbone, extract
 from ood_core.data import ImageFolder, scenes
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "extraction.json"
 
@@ -78,7 +78,7 @@ def main() -> int:
                 results[f"{name}, workers={workers}"] = measure(spec, size, images, batch, rounds, workers, made)
                 print(name, workers, results[f"{name}, workers={workers}"], flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_json(args.out, {"results": results, "peak_mebibytes": round(peak), "environment": environment()})
+    publish(args.out, {"results": results, "peak_mebibytes": round(peak), "environment": environment()})
     return 0
 
 

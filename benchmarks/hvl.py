@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import publish
 from ood_core import ParquetImages, create_backbone, create_detector, evaluate
 from ood_core.backbones.base import Backbone
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_core.protocols.catalog import set_entry
 from ood_core.runs import Run, kept_runs
 from ood_hvl.layouts import Layout, Task
@@ -190,7 +190,7 @@ def main() -> int:
     spent = {"minutes": round((time.monotonic() - started) / 60, 1)}
     described = {"spec": backbone.spec, "fingerprint": backbone.fingerprint, "dtype": str(backbone.dtype)}
     everything = {"results": results, "settings": settings, "environment": environment() | {"backbone": described}}
-    write_json(args.out, everything | spent)
+    publish(args.out, everything | spent)
     return 0
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from harness import publish
 from ood_core import create_backbone, create_detector, extract
 from ood_core.data import scenes
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_hvl.model import background
 from PIL import Image
 from torch import Tensor
@@ -79,7 +79,7 @@ def main() -> int:
         name: {place: sum(row[place] for row in rows) / len(rows) for place in where} for name, rows in results.items()
     }
     settings = {"test_images": len(labels), "per_class": args.per_class, "n": args.n, "seeds": args.seeds}
-    write_json(args.out, {"results": figures, "settings": settings, "environment": environment([detector])})
+    publish(args.out, {"results": figures, "settings": settings, "environment": environment([detector])})
     for name, row in figures.items():
         print(f"{name:20s}" + "".join(f"  {place} {100 * share:5.1f} %" for place, share in row.items()))
     return 0

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from memory import added_at_peak
+from harness import added_at_peak, publish
 from ood_core import create_backbone
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_hvl.model import HVLModel
 from ood_hvl.pyramid import tiles_per_image, with_pyramid
 
@@ -84,7 +83,7 @@ def main() -> int:
         "added_mib_single_scale": peak_one,
     }
     settings = {"backbone": backbone.spec, "dtype": args.dtype, "batch": args.batch, "classes": args.classes, "n": n}
-    write_json(args.out, {"results": results, "settings": settings, "environment": environment()})
+    publish(args.out, {"results": results, "settings": settings, "environment": environment()})
     for name, value in results.items():
         print(f"{name:32s} {value:12,.2f}")
     return 0

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from harness import publish
 from ood_core import create_backbone, create_detector, evaluate, extract
 from ood_core.backbones.base import Backbone
 from ood_core.detectors.zero_shot import default_k
-from ood_core.files import write_json
 from ood_core.metrics import auroc
 from ood_core.prompts import text_features
 from ood_core.scores import ScoreTable
@@ -153,7 +153,7 @@ def main() -> int:
                 | {key: run[key] for key in ("losses", "epoch_seconds")}
             )
         results["settings"][label] = {"shots": setting["shots"], "options": options, "runs": runs}
-        write_json(args.out, results)
+        publish(args.out, results)
         for run in runs:
             found = run["scores"]
             near, far = ([found[name][key]["auroc"] for name in ("s_mcm*", "s_mcm")] for key in ("near", "far_mean"))

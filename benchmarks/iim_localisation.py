@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from harness import publish
 from ood_core import create_backbone, create_detector, extract
 from ood_core.backbones.base import Backbone
 from ood_core.data import scenes
 from ood_core.detectors.zero_shot import default_k
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from PIL import Image
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def main() -> int:
         of_label = detector.state[key][torch.from_numpy(test.labels)]
         figures[name] = shares((local @ of_label[..., None]).squeeze(2), on_object, k)
     recipe = {"scenes": len(test), "shots": args.shots, "k": k, "seed": args.seed, **options}
-    write_json(args.out, {"results": figures, "settings": recipe, "environment": environment([detector])})
+    publish(args.out, {"results": figures, "settings": recipe, "environment": environment([detector])})
     print(f"{'':16s} {'positive on object':>19s} {'OOD beside object':>18s}")
     for name, row in figures.items():
         print(f"{name:16s} {100 * row['positive_on_object']:17.1f} % {100 * row['ood_beside_object']:16.1f} %")

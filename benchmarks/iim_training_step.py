@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak
+from harness import added_at_peak, publish
 from ood_core import create_backbone
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_core.prompts import imagenet_names
 from ood_iim.learner import PromptLearner
 
@@ -101,7 +100,7 @@ def main() -> None:
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {"shapes": {}}
     results["shapes"][shape] = found
     results["environment"] = environment()
-    write_json(RESULT, results)
+    publish(RESULT, results)
 
 
 if __name__ == "__main__":

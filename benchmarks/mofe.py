@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import publish
 from ood_core import FeatureSet, create_backbone, create_detector, evaluate
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_core.protocols import find_protocol
 from ood_core.runs import UsedImages, kept_runs, recipe
 from ood_mofe.functional import wordnet_groups
@@ -193,7 +193,7 @@ def main() -> int:
         for figures in run["scores"].values():
             figures.pop("params", None)
     results = {"protocol": "tiny-imagenet-100", "runs": runs, "variations": swept, "dimensions": dimensions}
-    write_json(args.out, results | {"settings": settings, "environment": about})
+    publish(args.out, results | {"settings": settings, "environment": about})
     return 0
 
 

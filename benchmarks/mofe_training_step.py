@@ -18,13 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from memory import added_at_peak, in_own_process
+from harness import added_at_peak, in_own_process, medians, publish
 from ood_core import create_backbone
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_mofe.model import MoFENetwork
 from ood_mofe.training import Objective
-from timing import medians
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "mofe_training_step.json"
@@ -91,7 +89,7 @@ def main() -> int:
     for name, row in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.6g}" for key, value in row.items()))
     settings = {"backbone": SPEC, "batch": args.batch, "classes": CLASSES, "experts": EXPERTS}
-    write_json(RESULT, {"results": results, "settings": settings, "environment": environment()})
+    publish(RESULT, {"results": results, "settings": settings, "environment": environment()})
     return 0
 
 

@@ -19,15 +19,13 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak, in_own_process
+from harness import added_at_peak, in_own_process, medians, publish
 from ood_core import functional
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_core.metrics import evaluate_scores
 from pytorch_ood.detector import GEN, KNN, EnergyBased
 from pytorch_ood.metrics import OODMetrics
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
-from timing import medians
 from torch import Tensor
 
 RESULT = Path(__file__).parent / "results" / "peers.json"
@@ -130,7 +128,7 @@ def main() -> int:
         }
         for name, row in results[task].items():
             print(f"{task} | {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    write_json(RESULT, {"results": results, "environment": environment(), "peers": peers()})
+    publish(RESULT, {"results": results, "environment": environment(), "peers": peers()})
     return 0
 
 

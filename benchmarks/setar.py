@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import publish
 from ood_core import FeatureSet, FewShot, create_backbone, create_detector, evaluate
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
@@ -189,7 +190,7 @@ def main() -> int:
         print(f"{label}: near {near['near']['auroc']:.4f}, far {far['auroc']:.4f}, {runs[label]['ratios']}", flush=True)
         about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
         found = {"protocol": "tiny-imagenet-100", "runs": runs, "minor_energy": energy, "environment": about}
-        write_json(args.out, found)
+        publish(args.out, found)
     return 0
 
 

@@ -22,14 +22,13 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak
+from harness import added_at_peak, publish
 from ood_core import create_backbone
 from ood_core.backbones.base import Backbone
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import PILImages, scenes
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_setar.functional import accept, search_loss, truncate
 from ood_setar.objective import Objective
 from ood_setar.search import RATIOS, Trials, class_prompts, load_labelled, search, visiting_order
@@ -180,7 +179,7 @@ def main() -> None:
     if "blocks" in args.which:
         found["ViT-B/16"] = single_blocks(args.images, args.classes, args.repeats)
         print(found["ViT-B/16"], flush=True)
-    write_json(RESULT, found | {"environment": environment()})
+    publish(RESULT, found | {"environment": environment()})
 
 
 if __name__ == "__main__":

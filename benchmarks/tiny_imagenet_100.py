@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import publish
 from ood_core import (
     ParquetImages,
     create_backbone,
@@ -25,7 +26,6 @@ from ood_core import (
 )
 from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
-from ood_core.files import write_json
 from ood_core.prompts import text_features
 from ood_core.protocols import find_protocol
 
@@ -115,7 +115,7 @@ def main() -> int:
     )
     val = ParquetImages(args.packs / "tiny-imagenet.parquet", split="val")
     results["zero_shot_top1"] = zero_shot_accuracy(backbone, val, args.cache)
-    write_json(args.out, results)
+    publish(args.out, results)
     for name, figures in sorted(results["detectors"].items(), key=lambda item: -item[1]["average"]["auroc"]):
         near_auroc, far_auroc = figures["per_set"]["near"]["auroc"], figures["far_mean"]["auroc"]
         print(f"{name:12s} near {near_auroc:.3f}  far {far_auroc:.3f}  average {figures['average']['auroc']:.3f}")

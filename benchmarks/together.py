@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import publish
 from ood_core import Fusion, create_backbone, create_detector, evaluate, list_detectors
 from ood_core.backbones.base import Backbone
 from ood_core.data.sources import ImageSource
 from ood_core.detectors import detector_class
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment, fit_detectors
-from ood_core.files import write_json
 from ood_core.protocols import Protocol, find_protocol
 
 RESULT = Path(__file__).parent / "results" / "together.json"
@@ -97,7 +97,7 @@ def main() -> int:
     args.work = args.work.expanduser() / backbone.fingerprint[:12]
     results = {name: run(find_protocol(name, args.packs), backbone, args) for name in args.protocols}
     about = environment() | {"backbone": {"spec": args.backbone, "fingerprint": backbone.fingerprint}}
-    write_json(RESULT, {"protocols": results, "papers": PAPERS, "images": args.images, "environment": about})
+    publish(RESULT, {"protocols": results, "papers": PAPERS, "images": args.images, "environment": about})
     for protocol, found in results.items():
         for name, figures in sorted(found["detectors"].items(), key=lambda item: -item[1]["average"]["auroc"]):
             print(f"{protocol} {name}: {figures['average']['auroc']:.4f}")

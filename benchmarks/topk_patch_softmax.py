@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from memory import added_at_peak, in_own_process
+from harness import added_at_peak, in_own_process, publish
 from ood_core.evaluation import environment
-from ood_core.files import write_json
 from ood_core.ops import topk_patch_softmax
 from torch import Tensor
 
@@ -117,7 +116,7 @@ def main() -> None:
         "peak_mebibytes": memory,
         "environment": environment(),
     }
-    write_json(RESULT, results)
+    publish(RESULT, results)
     for name in JOBS:
         print(
             f"{name:12s} {results['milliseconds_per_image'][name]:7.3f} ms/image  "

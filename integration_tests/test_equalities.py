@@ -187,14 +187,14 @@ def chosen(matched, mofe, features, folders):
 def backend(request, chosen, monkeypatch):
     """Its name, with every operation forced on it, and the list of operations that ran."""
     ran = []
-    for name in ("ood_core.ops.topk_patch_softmax", "ood_mofe.dispatch"):
+    for name in ("ood_core.ops.topk_patch_softmax", "ood_mofe.ops.expert_dispatch"):
         module = sys.modules[name]
 
-        def forced(given, tensors, choose=module._choose, name=name):
-            ran.append(name)
-            return choose(given or request.param, tensors)
+        def forced(operation, given, *tensors, choose=module.implementation, **form):
+            ran.append(operation)
+            return choose(operation, given or request.param, *tensors, **form)
 
-        monkeypatch.setattr(module, "_choose", forced)
+        monkeypatch.setattr(module, "implementation", forced)
     return request.param, ran
 
 
@@ -204,7 +204,7 @@ def test_every_backend_gives_every_detector_the_same_scores(matched, mofe, featu
     found = {name: detector.score_features(there) for name, detector in matched.items()}
     assert ran == ["ood_core.ops.topk_patch_softmax"] * len(matched)
     found["mofe"] = mofe.score(ImageFolder(folders["test"]).subset(range(5)))
-    assert ran[len(matched) :] == ["ood_mofe.dispatch"]
+    assert ran[len(matched) :] == ["ood_mofe.ops.expert_dispatch"]
     for name, scores in found.items():
         torch.testing.assert_close(
             scores, chosen[name], **ROUNDING, msg=lambda message, name=name: f"{name}: {message}"

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from ood_core import _nearest, functional
+from ood_core import functional
 from ood_core.detectors.logits import unsaturated_msp
 from ood_core.metrics import auroc
 from ood_core.ops import topk_patch_softmax
+from ood_core.ops.nearest import reference as plain_nearest
+from ood_core.ops.nearest import torch as nearest
 from scipy.stats import spearmanr
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "scores.npz")
@@ -182,11 +184,11 @@ def test_knn_brute_force_and_oracles():
 @pytest.mark.parametrize("k", [1, 5, 120])
 def test_knn_reads_the_bank_in_parts(monkeypatch, rows, k):
     """Parts of any size find the same neighbours, also where many entries are equal."""
-    monkeypatch.setattr(_nearest, "_ROWS", rows)
-    monkeypatch.setattr(_nearest, "_QUERIES", 100)
+    monkeypatch.setattr(nearest, "_ROWS", rows)
+    monkeypatch.setattr(nearest, "_QUERIES", 100)
     bank = torch.cat([unit(777, 6, seed=1), unit(1, 6, seed=2).expand(222, -1), unit(13, 6, seed=3)])
     queries = torch.cat([unit(270, 6), bank[777:779]])
-    expected = (queries[:, None] - bank).norm(dim=-1).kthvalue(k).values
+    expected = plain_nearest.distance_to_kth(queries, bank, k)
     torch.testing.assert_close(functional.knn(queries, bank, k=k), -expected, rtol=1e-10, atol=1e-12)
 
 
@@ -202,14 +204,14 @@ def test_a_first_pass_in_half_precision_changes_nothing(monkeypatch, precision, 
         "small": unit(12, 12, seed=1),
     }
     entries, queries = F.normalize(banks[bank].float(), dim=1), F.normalize(unit(70, 12).float(), dim=1)
-    monkeypatch.setattr(_nearest, "_ROWS", 1000)
-    monkeypatch.setattr(_nearest, "_QUERIES", 30)
-    expected = -(queries.double()[:, None] - entries.double()).norm(dim=-1).kthvalue(k).values
-    monkeypatch.setattr(_nearest, "_half_precision", lambda _: None)
+    monkeypatch.setattr(nearest, "_ROWS", 1000)
+    monkeypatch.setattr(nearest, "_QUERIES", 30)
+    expected = -plain_nearest.distance_to_kth(queries.double(), entries.double(), k)
+    monkeypatch.setattr(nearest, "_half_precision", lambda _: None)
     plain = functional.knn(queries, entries, k=k)
-    searched, largest = [], _nearest._largest
-    monkeypatch.setattr(_nearest, "_half_precision", lambda _: precision)
-    monkeypatch.setattr(_nearest, "_largest", lambda q, *rest: searched.append(len(q)) or largest(q, *rest))
+    searched, largest = [], nearest._largest
+    monkeypatch.setattr(nearest, "_half_precision", lambda _: precision)
+    monkeypatch.setattr(nearest, "_largest", lambda q, *rest: searched.append(len(q)) or largest(q, *rest))
     found = functional.knn(queries, entries, k=k)
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
@@ -221,9 +223,9 @@ def test_a_first_pass_in_half_precision_changes_nothing(monkeypatch, precision, 
 
 def test_half_precision_is_used_where_the_hardware_has_it(monkeypatch):
     for has, dtype, expected in ((True, torch.float32, torch.bfloat16), (False, torch.float32, None)):
-        monkeypatch.setattr(_nearest, "cpu_has_bfloat16", lambda has=has: has)
-        assert _nearest._half_precision(torch.ones(1, 2, dtype=dtype)) is expected
-        assert _nearest._half_precision(torch.ones(1, 2).double()) is None
+        monkeypatch.setattr(nearest, "cpu_has_bfloat16", lambda has=has: has)
+        assert nearest._half_precision(torch.ones(1, 2, dtype=dtype)) is expected
+        assert nearest._half_precision(torch.ones(1, 2).double()) is None
 
 
 def test_knn_of_a_memory_mapped_bank(tmp_path):

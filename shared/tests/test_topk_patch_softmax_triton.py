@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,10 @@ from ood_core.ops import topk_patch_softmax
 
 triton = pytest.importorskip("triton")
 
-from ood_core.ops.topk_patch_softmax import _choose  # noqa: E402
+from ood_core.ops import backend as backends  # noqa: E402
+from ood_core.ops.topk_patch_softmax import torch as chunked  # noqa: E402
 from ood_core.ops.topk_patch_softmax import triton as kernels  # noqa: E402
-from ood_core.ops.topk_patch_softmax.torch import chunked  # noqa: E402
+from ood_core.ops.topk_patch_softmax.kernels import sizes as shipped  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of means of float32 probabilities against float64 on the same float32 inputs.
@@ -54,8 +56,8 @@ def only_kernels(monkeypatch):
     def refuse(*_):
         raise AssertionError("the torch backend ran")
 
-    monkeypatch.setattr(kernels, "_TILE", 16)
-    monkeypatch.setattr(kernels, "chunked", refuse)
+    monkeypatch.setattr(shipped, "TILE", 16)
+    monkeypatch.setattr(chunked, "match", refuse)
 
 
 SHAPES = {
@@ -148,9 +150,9 @@ def test_golden_values(k):
     ],
 )
 def test_the_torch_backend_runs_where_kernels_save_nothing(monkeypatch, shape, k, kind):
-    ran = []
-    monkeypatch.setattr(kernels, "_TILE", 16)
-    monkeypatch.setattr(kernels, "chunked", lambda *given: ran.append(1) or chunked(*given))
+    ran, match = [], chunked.match
+    monkeypatch.setattr(shipped, "TILE", 16)
+    monkeypatch.setattr(chunked, "match", lambda *given: ran.append(1) or match(*given))
     given = [x.to(kind) for x in inputs(*shape)]
     found = topk_patch_softmax(*(x.to(DEVICE) for x in given), k=k, backend="triton")
     expected = topk_patch_softmax(*(x.double() for x in given), k=k, backend="reference")
@@ -160,15 +162,18 @@ def test_the_torch_backend_runs_where_kernels_save_nothing(monkeypatch, shape, k
 
 
 def test_backend_is_chosen_by_device_and_gradient(monkeypatch):
+    def chosen(backend, *tensors):
+        return backends.implementation(chunked.__package__, backend, *tensors, gradients=False)
+
     on_gpu, trained = (SimpleNamespace(is_cuda=True, requires_grad=x) for x in (False, True))
-    assert _choose(None, [on_gpu, on_gpu]) is kernels.tiled
-    assert _choose(None, [on_gpu, trained]) is chunked
-    assert _choose(None, [torch.ones(1)]) is chunked
-    assert _choose("torch", [on_gpu]) is chunked
+    assert chosen(None, on_gpu, on_gpu) is kernels
+    assert chosen(None, on_gpu, trained) is chunked
+    assert chosen(None, torch.ones(1)) is chunked
+    assert chosen("torch", on_gpu) is chunked
     with torch.no_grad():
-        assert _choose(None, [on_gpu, trained]) is kernels.tiled
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
-    assert _choose(None, [on_gpu]) is chunked
+        assert chosen(None, on_gpu, trained) is kernels
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert chosen(None, on_gpu) is chunked
 
 
 def test_refusals_say_what_to_do(monkeypatch):
@@ -180,14 +185,14 @@ def test_refusals_say_what_to_do(monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda: True)
     with pytest.raises(ValueError, match=r"got cpu.*TRITON_INTERPRET=1"):
         topk_patch_softmax(local, text, k=1, backend="triton")
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):
         topk_patch_softmax(local, text, k=1, backend="triton")
 
 
 # Ahead of time: every kernel for every target, with aligned sizes and with sizes of one, which Triton builds in.
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-KERNELS = ("_tile_sums", "_group_entries")
+KERNELS = ("tile_sums", "group_entries")
 SIZES = ("P", "C", "M", "d", "R", "S", "k", "row_stride", "column_stride")
 ALIGNED = ("d", "row_stride", "column_stride")
 
@@ -213,18 +218,24 @@ def test_compiled_kernels_do_not_spill(machine_code, kernel, target, sizes):
 
 def _compile_all():
     return {
-        f"{kernel} {name} {sizes}": _compile(getattr(kernels, kernel), target, sizes)
+        f"{kernel} {name} {sizes}": _compile(
+            getattr(import_module(f"{shipped.__package__}.{kernel}"), f"_{kernel}"), target, sizes
+        )
         for kernel in KERNELS
         for name, target in TARGETS.items()
         for sizes in ("aligned", "ones")
     }
 
 
+def _kernel(name):
+    return getattr(import_module(f"{shipped.__package__}.{name}"), f"_{name}")
+
+
 def _compile(kernel, target, sizes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"TILE": kernels._TILE, "DEPTH": kernels._DEPTH}
+    constants = {"TILE": shipped.TILE, "DEPTH": shipped.DEPTH}
     if sizes == "ones":
         constants |= {name: 1 for name in kernel.arg_names if name in ("P", "C", "M", "R", "S", "k")}
     types = {"scale": "fp32", "groups": "*i64"} | dict.fromkeys(SIZES, "i32") | dict.fromkeys(constants, "constexpr")
@@ -236,7 +247,7 @@ def _compile(kernel, target, sizes):
         if signature[name].startswith("*") or name in aligned
     }
     source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget(*target), options=kernels._OPTIONS)
+    built = triton.compile(source, target=GPUTarget(*target), options=shipped.OPTIONS)
     used = _cuda_use(built.asm["cubin"]) if target[0] == "cuda" else _hip_use(built.asm["amdgcn"])
     return {**used, "shared": built.metadata.shared}
 

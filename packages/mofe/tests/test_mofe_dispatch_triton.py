@@ -8,18 +8,24 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ood_core.ops import backend as backends
 from ood_mofe import StackedExperts
-from ood_mofe.dispatch import _choose, expert_class_token, expert_tokens, loop
+from ood_mofe.ops import expert_class_token, expert_tokens
+from ood_mofe.ops.expert_dispatch import torch as loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
-from ood_mofe.dispatch import triton as kernels  # noqa: E402
+from ood_mofe.ops.expert_dispatch import triton as kernels  # noqa: E402
+from ood_mofe.ops.expert_dispatch.kernels import sizes  # noqa: E402
+from ood_mofe.ops.expert_dispatch.kernels.grouped_linear import linear_options  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of float32 against float64 on the same float32 inputs, relative to the largest entry of a tensor.
@@ -87,8 +93,8 @@ def refuse(*_, **__):
 @pytest.fixture
 def only_kernels(monkeypatch):
     """Small tiles, so that small inputs have several; and an error if the torch backend runs instead."""
-    for name, size in {"_COLUMNS": 32, "_DEPTH": 16, "_TILE": 16, "_SUMMED": 16, "_PLANNED": 4, "_MANY": 32}.items():
-        monkeypatch.setattr(kernels, name, size)
+    for name, size in {"COLUMNS": 32, "DEPTH": 16, "TILE": 16, "SUMMED": 16, "PLANNED": 4, "MANY": 32}.items():
+        monkeypatch.setattr(sizes, name, size)
     for name in ("all_tokens", "class_token"):
         monkeypatch.setattr(kernels.loop, name, refuse)
 
@@ -146,13 +152,13 @@ def test_trained_tokens(function):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.usefixtures("only_kernels")
 def test_attention_runs_in_torch_exactly_if_tokens_are_trained(trained, monkeypatch):
-    monkeypatch.setattr(kernels, "_launch_attend" if trained else "_plain_attention", refuse)
+    monkeypatch.setattr(kernels, "attend" if trained else "_attention_in_torch", refuse)
     experts = stacked(2, 20, 2, 24).float()
     tokens, expert = random(2, 5, 20).float().to(DEVICE), torch.tensor([1, 0], device=DEVICE)
     found = expert_class_token(tokens.requires_grad_(trained), expert, experts, backend="triton")
     assert found.requires_grad
     if trained:
-        monkeypatch.setattr(kernels, "_launch_attend", kernels._launch_attend_backward)
+        monkeypatch.setattr(kernels, "attend", kernels.attend_backward)
         with torch.no_grad(), pytest.raises(TypeError):
             expert_class_token(tokens, expert, experts, backend="triton")
 
@@ -226,8 +232,8 @@ def test_half_precision(function):
 @pytest.mark.usefixtures("only_kernels")
 def test_autocast_lowers_only_the_precision_of_products(function, monkeypatch):
     used = []
-    launch = kernels._launch_linear
-    monkeypatch.setattr(kernels, "_launch_linear", lambda *given: used.append(given[5].precision) or launch(*given))
+    launch = kernels.grouped_linear
+    monkeypatch.setattr(kernels, "grouped_linear", lambda *given: used.append(given[5].precision) or launch(*given))
     experts = stacked(2, 20, 2, 24).float()
     tokens, expert = random(2, 5, 20).float().to(DEVICE), torch.tensor([1, 0], device=DEVICE)
     with torch.no_grad():
@@ -252,7 +258,7 @@ def test_precision_is_that_of_torch(monkeypatch):
 
 @functions
 def test_float64_runs_in_torch(function, monkeypatch):
-    monkeypatch.setattr(kernels, "_planned", refuse)
+    monkeypatch.setattr(kernels, "planned", refuse)
     experts, tokens, expert = stacked(2, 20, 2, 24), random(2, 5, 20).to(DEVICE), torch.tensor([1, 0], device=DEVICE)
     found = function(tokens, expert, experts, backend="triton")
     assert found.dtype == torch.float64
@@ -264,9 +270,9 @@ def test_float64_runs_in_torch(function, monkeypatch):
 
 @pytest.mark.parametrize(("images", "experts"), [(1, 1), (4, 3), (13, 5), (9, 16)])
 def test_the_plan_is_a_stable_sort(images, experts, monkeypatch):
-    monkeypatch.setattr(kernels, "_PLANNED", 4)
+    monkeypatch.setattr(sizes, "PLANNED", 4)
     expert = torch.randint(experts, (images,), generator=torch.Generator().manual_seed(images))
-    plan = kernels._planned(expert.to(DEVICE), experts, 1, "ieee")
+    plan = kernels.planned(expert.to(DEVICE), experts, 1, "ieee")
     assert torch.equal(plan.order.cpu().long(), expert.sort(stable=True).indices)
     counts = torch.bincount(expert, minlength=experts)
     assert plan.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
@@ -275,11 +281,11 @@ def test_the_plan_is_a_stable_sort(images, experts, monkeypatch):
 @pytest.mark.parametrize("counts", [[17, 1, 17], [16, 0, 32], [0, 0, 1], [33]])
 @pytest.mark.usefixtures("only_kernels")
 def test_tiles_are_enough_for_any_counts(counts, monkeypatch):
-    monkeypatch.setattr(kernels, "_MANY", 10**6)
+    monkeypatch.setattr(sizes, "MANY", 10**6)
     expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     expert = expert[torch.randperm(len(expert), generator=torch.Generator().manual_seed(0))]
     x, weight = random(len(expert), 3).float(), random(len(counts), 2, 3, seed=1).float()
-    plan = kernels._planned(expert.to(DEVICE), len(counts), 1, "ieee")
+    plan = kernels.planned(expert.to(DEVICE), len(counts), 1, "ieee")
     on_device = x[:, None, None].to(DEVICE), weight[:, None].to(DEVICE)
     with torch.no_grad():
         found = kernels._linear(*on_device, plan=plan)[:, 0, 0].cpu()
@@ -322,8 +328,8 @@ def test_waiting_would_be_noticed():
 @pytest.mark.usefixtures("only_kernels")
 def test_nothing_is_kept_without_gradients(monkeypatch):
     kept = []
-    launch = kernels._launch_linear
-    monkeypatch.setattr(kernels, "_launch_linear", lambda *given: kept.append(given[-1]) or launch(*given))
+    launch = kernels.grouped_linear
+    monkeypatch.setattr(kernels, "grouped_linear", lambda *given: kept.append(given[-1]) or launch(*given))
     experts = stacked(1, 20, 2, 24).float()
     tokens, expert = random(1, 5, 20).float().to(DEVICE), torch.tensor([0], device=DEVICE)
     with torch.no_grad():
@@ -339,11 +345,12 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
 
 def test_backend_is_chosen_by_device(monkeypatch):
     on_gpu = SimpleNamespace(is_cuda=True)
-    assert _choose(None, on_gpu) is kernels
-    assert _choose(None, torch.ones(1)) is loop
-    assert _choose("torch", on_gpu) is loop
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
-    assert _choose(None, on_gpu) is loop
+    implementation = partial(backends.implementation, loop.__package__)
+    assert implementation(None, on_gpu) is kernels
+    assert implementation(None, torch.ones(1)) is loop
+    assert implementation("torch", on_gpu) is loop
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert implementation(None, on_gpu) is loop
 
 
 @functions
@@ -354,13 +361,14 @@ def test_refusals_say_what_to_do(function, monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda: True)
     with pytest.raises(ValueError, match=r"got cpu.*TRITON_INTERPRET=1"):
         function(*given, backend="triton")
-    monkeypatch.setattr(sys.modules[_choose.__module__], "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):
         function(*given, backend="triton")
 
 
 def test_triton_is_imported_only_where_it_runs():
-    code = "import sys, ood_mofe.dispatch; print('triton' in sys.modules, 'ood_mofe.dispatch.triton' in sys.modules)"
+    module = "ood_mofe.ops.expert_dispatch"
+    code = f"import sys, {module}; print('triton' in sys.modules, '{module}.triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -371,22 +379,22 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 CLASS = {"T": 1, "G": 1, "weight_k": 1, "ACTIVATION": "gelu"}
 HEADS = {"E": 1, "T": 1, "weight_n": 1, "ACTIVATION": "", "bias": None, "residual": None}
 TOKENS = {"G": 1, "weight_k": 1, "ACTIVATION": "quick_gelu", "gain": None, "before": None}
-FEW, MANY = ({"ROWS": getattr(kernels, name)} for name in ("_FEW", "_MANY"))
+FEW, MANY = ({"ROWS": rows} for rows in (sizes.FEW, sizes.MANY))
 IEEE, TF32 = ({"PRECISION": word} for word in ("ieee", "tf32"))
 VARIANTS = {
-    "plan": ("_plan", {}),
-    "class token": ("_grouped_linear", CLASS | FEW | IEEE),
-    "class token, tf32": ("_grouped_linear", CLASS | FEW | TF32),
-    "heads": ("_grouped_linear", HEADS | FEW | IEEE),
-    "tokens": ("_grouped_linear", TOKENS | MANY | IEEE),
-    "tokens, tf32": ("_grouped_linear", TOKENS | MANY | TF32),
-    "weight gradient": ("_weight_gradient", {"G": 1, "out_k": 1} | IEEE),
-    "weight gradient of keys": ("_weight_gradient", {"T": 1, "out_n": 1} | TF32),
-    "row sums": ("_row_sums", {}),
-    "attention": ("_attend", IEEE),
-    "attention, tf32": ("_attend", TF32),
-    "attention backward": ("_attend_backward", IEEE),
-    "attention backward, tf32": ("_attend_backward", TF32),
+    "plan": ("plan", {}),
+    "class token": ("grouped_linear", CLASS | FEW | IEEE),
+    "class token, tf32": ("grouped_linear", CLASS | FEW | TF32),
+    "heads": ("grouped_linear", HEADS | FEW | IEEE),
+    "tokens": ("grouped_linear", TOKENS | MANY | IEEE),
+    "tokens, tf32": ("grouped_linear", TOKENS | MANY | TF32),
+    "weight gradient": ("weight_gradient", {"G": 1, "out_k": 1} | IEEE),
+    "weight gradient of keys": ("weight_gradient", {"T": 1, "out_n": 1} | TF32),
+    "row sums": ("row_sums", {}),
+    "attention": ("attend", IEEE),
+    "attention, tf32": ("attend", TF32),
+    "attention backward": ("attend_backward", IEEE),
+    "attention backward, tf32": ("attend_backward", TF32),
 }
 SIZES = ("B", "E", "T", "G", "N", "K", "H", "D", "tiles", "height")
 STRIDES = tuple(f"{of}_{what}" for of in ("weight", "out") for what in ("expert", "group", "n", "k"))
@@ -426,14 +434,14 @@ def _compile(name, given, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(kernels, name)
-    sizes = {
+    kernel = getattr(import_module(f"{sizes.__package__}.{name}"), f"_{name}")
+    words = {
         "EXPERTS": 8,
-        "ROWS": kernels._PLANNED if name == "_plan" else kernels._SUMMED,
-        "COLUMNS": kernels._COLUMNS,
+        "ROWS": sizes.PLANNED if name == "plan" else sizes.SUMMED,
+        "COLUMNS": sizes.COLUMNS,
     }
-    sizes |= {"HEADS": 16, "TILE": kernels._TILE, "DEPTH": kernels._DEPTH} | given
-    constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
+    words |= {"HEADS": 16, "TILE": sizes.TILE, "DEPTH": sizes.DEPTH} | given
+    constants = {key: value for key, value in words.items() if key in kernel.arg_names}
     types = {"expert": "*i64", "scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(("order", "offsets", "tile_expert", "tile_row"), "*i32")
     if constants.get("PRECISION") == "tf32":  # that of parameters and tokens in half precision
@@ -445,7 +453,7 @@ def _compile(name, given, target):
         for i, key in enumerate(kernel.arg_names)
         if signature[key].startswith("*") or (key in ALIGNED and key not in constants)
     }
-    options = kernels._linear_options(constants["ROWS"]) if name == "_grouped_linear" else dict(kernels._OPTIONS)
+    options = linear_options(constants["ROWS"]) if name == "grouped_linear" else dict(sizes.OPTIONS)
     options.pop("ROWS", None)
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget(*target), options=options)

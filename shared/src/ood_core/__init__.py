@@ -7,8 +7,9 @@ Names are imported when first used: `import ood_core` itself loads nothing heavy
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ood_core.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from ood_core import functional, metrics, ops
@@ -39,29 +40,23 @@ __all__ = [
     "ops",
 ]
 
-_HOMES = {
-    "create_backbone": "backbones",
-    "list_backbones": "backbones",
-    "FewShot": "data",
-    "ImageFolder": "data",
-    "Manifest": "data",
-    "ParquetImages": "data",
-    "create_detector": "detectors",
-    "list_detectors": "detectors",
-    "evaluate": "evaluation",
-    "FeatureSet": "features",
-    "extract": "features",
-    "Fusion": "fusion",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("functional", "metrics", "ops"):
-        return import_module(f"ood_core.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ood_core' has no attribute {name!r}")
-    return getattr(import_module(f"ood_core.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "create_backbone": "backbones",
+        "list_backbones": "backbones",
+        "FewShot": "data",
+        "ImageFolder": "data",
+        "Manifest": "data",
+        "ParquetImages": "data",
+        "create_detector": "detectors",
+        "list_detectors": "detectors",
+        "evaluate": "evaluation",
+        "FeatureSet": "features",
+        "extract": "features",
+        "Fusion": "fusion",
+        "functional": None,
+        "metrics": None,
+        "ops": None,
+    },
+)

@@ -99,6 +99,44 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def factor(name: str, value: Any) -> float:
+    """Check the factor of a term: a finite number, at least 0.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: negative, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value} must be a finite number, at least 0.")
+    return float(value)
+
+
+def share(name: str, value: Any) -> float:
+    """Check a share above 0 and at most 1.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range.
+    """
+    if positive(name, value) > 1:
+        raise ValueError(f"{name}={value} must be at most 1, the whole.")
+    return float(value)
+
+
+def part(name: str, value: Any) -> float:
+    """Check a share in [0, 1): of something that must not be all of it.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range.
+    """
+    if not factor(name, value) < 1:
+        raise ValueError(f"{name}={value!r} must be a share in [0, 1).")
+    return float(value)
+
+
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     """Check one of a few words.
 

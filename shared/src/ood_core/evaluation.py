@@ -28,12 +28,13 @@ from ood_core.errors import DataError, NotFittedError, OODError, UsageError
 from ood_core.features import FeatureSet, count_notes, stream
 from ood_core.files import write_json
 from ood_core.metrics import OODMetrics, evaluate_scores, paired_bootstrap
+from ood_core.options import Options, flat_options
 from ood_core.scores import ScoreTable
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-__all__ = ["Evaluation", "calibrate_detectors", "environment", "evaluate", "fit_detectors", "score"]
+__all__ = ["Evaluation", "Remarks", "calibrate_detectors", "environment", "evaluate", "fit_detectors", "score"]
 
 _NOMINAL = tuple(step / 40 for step in range(1, 41))
 """TPRs of the calibration curve: steps of 2.5 %, so that 95 % is among them."""
@@ -98,6 +99,20 @@ class Evaluation:
         return folder
 
 
+@dataclass(frozen=True)
+class Remarks(Options):
+    """What a report says of the data beside the figures.
+
+    Attributes:
+        set_kinds: OOD set -> "near" or "far".
+        notes: sentences that belong to the results.
+    """
+
+    set_kinds: Mapping[str, str] | None = None
+    notes: Sequence[str] = ()
+
+
+@flat_options
 def evaluate(
     detectors: Detector | Sequence[Detector] | Mapping[str, Detector],
     *,
@@ -110,8 +125,7 @@ def evaluate(
     bootstrap: int = 0,
     seed: int = 0,
     out: str | Path | None = None,
-    set_kinds: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
+    remarks: Remarks = Remarks(),
     **extraction: Any,
 ) -> Evaluation:
     """Score an ID test set and OOD sets with detectors, images encoded once for all of them.
@@ -127,8 +141,7 @@ def evaluate(
         bootstrap: replicates for 95 % intervals; 0 for none.
         seed: of the bootstrap.
         out: folder for results.json, scores.parquet and report.html.
-        set_kinds: OOD set -> "near" or "far", for the report.
-        notes: sentences that belong to the results, for the report.
+        remarks: what the report says beside the figures, see `Remarks`.
         **extraction: for `extract`: `cache`, `on_error`, `batch_size`, `workers`, `progress`, `max_pixels`,
             `value_range`.
 
@@ -176,8 +189,8 @@ def evaluate(
         "calibration": _describe_data(calibrate),
         "convention": convention,
         "bootstrap": bootstrap,
-        "set_kinds": dict(set_kinds or {}),
-        "notes": list(notes),
+        "set_kinds": dict(remarks.set_kinds or {}),
+        "notes": list(remarks.notes),
     }
     results: dict[str, Any] = {
         "schema": 1,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ood_core import check
-from ood_core._nearest import distance_to_kth
 from ood_core.ops import topk_patch_softmax
+from ood_core.ops.nearest import distance_to_kth
 
 __all__ = [
     "energy",

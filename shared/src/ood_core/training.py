@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,51 @@ from torch import Tensor, nn
 
 from ood_core.errors import DataError, UsageError
 from ood_core.files import write_atomically
+from ood_core.options import Options, flat_options
 from ood_core.progress import progress_bar
 
-__all__ = ["train"]
+__all__ = ["Epochs", "Keeping", "train"]
 
 History = list[dict[str, float]]
 Losses = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Epochs(Options):
+    """How batches are drawn, and what else happens in an epoch.
+
+    Attributes:
+        per_step: step the rate with every batch; `learning_rate` is then given fractions of epochs.
+        drop_last: leave out the last, smaller batch of an epoch, if it is not the only one.
+        whole_batch: `losses` also gets the rows of all processes, as `batch`, for draws among them.
+        before_epoch: gets the epoch and the row numbers that `losses` will be asked for in this process, in order, so
+            that they can be made ready meanwhile, see `LiveViews.prepare`.
+        after_epoch: epoch -> figures that join its history.
+    """
+
+    per_step: bool = False
+    drop_last: bool = False
+    whole_batch: bool = False
+    before_epoch: Callable[[int, list[Tensor]], None] | None = None
+    after_epoch: Callable[[int], Mapping[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Keeping(Options):
+    """The checkpoint of a training.
+
+    Attributes:
+        checkpoint: file (safetensors) written after every epoch; None keeps nothing.
+        resume: go on from `checkpoint` if it is there.
+        recipe: everything the result depends on, kept in the checkpoint; another one is refused.
+    """
+
+    checkpoint: str | Path | None = None
+    resume: bool = True
+    recipe: Mapping[str, Any] | None = None
+
+
+@flat_options
 def train(
     parameters: Mapping[str, nn.Parameter],
     losses: Callable[..., Losses],
@@ -38,14 +76,8 @@ def train(
     optimizer: torch.optim.Optimizer,
     learning_rate: Callable[[float], float],
     seed: int,
-    per_step: bool = False,
-    drop_last: bool = False,
-    whole_batch: bool = False,
-    before_epoch: Callable[[int, list[Tensor]], None] | None = None,
-    after_epoch: Callable[[int], Mapping[str, float]] | None = None,
-    checkpoint: str | Path | None = None,
-    resume: bool = True,
-    recipe: Mapping[str, Any] | None = None,
+    in_epoch: Epochs = Epochs(),
+    keeping: Keeping = Keeping(),
     progress: bool | None = None,
 ) -> History:
     """Minimise the sum of `losses` over shuffled batches.
@@ -66,15 +98,8 @@ def train(
         optimizer: of `parameters`; a group's "lr_scale", if it has one, is a factor of its rate.
         learning_rate: epoch (from 0) -> rate; stepped once per epoch.
         seed: of the order.
-        per_step: step the rate with every batch instead; `learning_rate` is then given fractions of epochs.
-        drop_last: leave out the last, smaller batch of an epoch, if it is not the only one.
-        whole_batch: `losses` also gets the rows of all processes, as `batch`, for draws among them.
-        before_epoch: gets the epoch and the row numbers that `losses` will be asked for in this process, in order, so
-            that they can be made ready meanwhile, see `LiveViews.prepare`.
-        after_epoch: epoch -> figures that join its history.
-        checkpoint: file (safetensors) written after every epoch; None keeps nothing.
-        resume: go on from `checkpoint` if it is there.
-        recipe: everything the result depends on, kept in the checkpoint; another one is refused.
+        in_epoch: how batches are drawn, see `Epochs`.
+        keeping: the checkpoint, see `Keeping`.
         progress: a bar on stderr; None shows it on a terminal only.
 
     Returns:
@@ -94,13 +119,13 @@ def train(
     if size < 1:
         raise UsageError("There is nothing to train on: give at least one labelled image.")
     rank, world = _join_processes(next(iter(parameters.values())).device)
-    file = Path(checkpoint) if checkpoint else None
-    settings = {"size": size, "batch_size": batch_size, "seed": seed, "drop_last": drop_last}
+    file = Path(keeping.checkpoint) if keeping.checkpoint else None
+    settings = {"size": size, "batch_size": batch_size, "seed": seed, "drop_last": in_epoch.drop_last}
     shapes = {name: list(value.shape) for name, value in parameters.items()}
     learned = {"parameters": shapes, "optimizer": type(optimizer).__name__}
-    described = json.loads(json.dumps({**settings, **learned, **(recipe or {})}))
+    described = json.loads(json.dumps({**settings, **learned, **(keeping.recipe or {})}))
     history: History = []
-    if file is not None and resume and file.exists():
+    if file is not None and keeping.resume and file.exists():
         history = _restore(file, described, parameters, optimizer)
         if len(history) > epochs:
             raise UsageError(f"{file} holds {len(history)} epochs, more than the {epochs} asked for: remove it.")
@@ -108,16 +133,16 @@ def train(
         for epoch in range(len(history), epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             batches = list(torch.randperm(size, generator=generator).split(batch_size))
-            if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
+            if in_epoch.drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
                 batches.pop()
-            if before_epoch is not None:
-                before_epoch(epoch, [mine for rows in batches if len(mine := _share(rows, rank, world))])
+            if in_epoch.before_epoch is not None:
+                in_epoch.before_epoch(epoch, [mine for rows in batches if len(mine := _share(rows, rank, world))])
             sums: dict[str, float] = {}
             for number, rows in enumerate(batches):
-                rate = learning_rate(epoch + number / len(batches) if per_step else epoch)
+                rate = learning_rate(epoch + number / len(batches) if in_epoch.per_step else epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("lr_scale", 1.0)
-                found = partial(losses, batch=rows) if whole_batch else losses
+                found = partial(losses, batch=rows) if in_epoch.whole_batch else losses
                 means = _step(parameters, found, optimizer, rows, epoch, rank, world)
                 if not all(map(_finite, means.values())):
                     raise _diverged("loss", epoch, rate, means)
@@ -126,8 +151,8 @@ def train(
                 sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
             averages = {name: value / len(batches) for name, value in sums.items()}
             history.append(averages | {"loss": sum(averages.values()), "learning_rate": rate})
-            if after_epoch is not None:
-                history[-1].update(after_epoch(epoch))
+            if in_epoch.after_epoch is not None:
+                history[-1].update(in_epoch.after_epoch(epoch))
             tell(history[-1])
             if file is not None and rank == 0:
                 _save(file, described, parameters, optimizer, history)

@@ -11,8 +11,9 @@ detection", MICCAI 2025.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ood_core.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from ood_hvl import functional
@@ -22,17 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"HVL": "detectors", "HVLModel": "model", "with_pyramid": "pyramid"}
 __all__ = ["HVL", "HVLModel", "functional", "with_pyramid"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return import_module("ood_hvl.functional")
-    if name in _HOMES:
-        return getattr(import_module(f"ood_hvl.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'ood_hvl' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = imported_when_used(
+    __name__, {"HVL": "detectors", "HVLModel": "model", "with_pyramid": "pyramid", "functional": None}
+)

@@ -19,12 +19,14 @@ from ood_core.detectors.held import Held
 from ood_core.detectors.trained import Run, TrainedDetector
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet, extract
+from ood_core.options import flat_options
 from ood_core.prompts import fill, resolve_templates
 from ood_core.training import train
 from PIL import Image
 from torch import Tensor
 
 from ood_hvl.model import HVLModel, Scales
+from ood_hvl.options import Matching, PseudoOOD, Pyramid, Training
 from ood_hvl.pyramid import FEATURE, pyramid_key, tiles_per_image, with_pyramid
 from ood_hvl.views import TurnedViews
 
@@ -39,27 +41,11 @@ class HVL(TrainedDetector):
     The encoder stays frozen and sees every training image once; `fit` learns an adapter and two text biases.
 
     Args:
-        n: partitions: n x n middle and 2n x 2n fine tiles.
-        k: K, pseudo-OOD tiles per image, at most 4 n^2.
-        tau: temperature of the class probabilities.
-        patch_mean: "paper" divides a scale's sum over kept tiles by all tiles, "kept" by those kept.
-        csf: cross-scale fusion (Eq. 1).
-        selection: of pseudo-OOD tiles, "gain", "background" or "none" (no L_OOD).
-        lower_scales: pseudo-OOD embeddings of the coarser scales, too (Eq. 4).
-        ood_weight: factor of L_OOD.
-        adapter: "shared" by the scales, or "per_scale".
-        normalize_v: unit-norm embeddings in front of the adapter.
-        normalize_t: unit-norm class texts before the biases.
-        pyramid_source: tiles of the encoder's "input", or of the "raw" file (see `with_pyramid`).
-        resize: "crop" or "squash" (see `with_pyramid`).
-        class_balance: None, or "sampler" to draw classes equally often (long tails).
-        views: when fitted on images: 1, or 2 (mirrored) or 8 (turned) orientations, drawn per image and epoch.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        learning_rate: of Adam, at the start of a cosine.
-        encode_chunk: tiles per pass of the encoder.
-        seed: of the adapter's start, the order and the draws.
-        **common: see `create_detector`.
+        pyramid: the tiles of an image, see `Pyramid`.
+        matching: how scales are fused and compared with texts, see `Matching`.
+        pseudo_ood: tiles that stand for OOD images in training, see `PseudoOOD`.
+        training: how it learns, see `Training`.
+        **common: options of these groups by their own names (`n=1`); and see `create_detector`.
 
     Attributes:
         history: per epoch the terms of the loss.
@@ -77,53 +63,20 @@ class HVL(TrainedDetector):
     # Six tiles per image instead of 21, of the four fine ones the most doubtful.
     demo_options: ClassVar[Mapping[str, Any]] = {"n": 1, "k": 1}
 
+    @flat_options
     def __init__(
         self,
         *,
-        n: int = 2,
-        k: int = 4,
-        tau: float = 0.01,
-        patch_mean: str = "paper",
-        csf: bool = True,
-        selection: str = "gain",
-        lower_scales: bool = True,
-        ood_weight: float = 1.0,
-        adapter: str = "shared",
-        normalize_v: bool = True,
-        normalize_t: bool = True,
-        pyramid_source: str = "input",
-        resize: str = "crop",
-        class_balance: str | None = None,
-        views: int = 1,
-        epochs: int = 100,
-        batch_size: int = 32,
-        learning_rate: float = 2e-3,
-        encode_chunk: int = 256,
-        seed: int = 0,
+        pyramid: Pyramid = Pyramid(),
+        matching: Matching = Matching(),
+        pseudo_ood: PseudoOOD = PseudoOOD(),
+        training: Training = Training(),
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.n = n
-        why = f"an image has {4 * n * n if tiles_per_image(n) else 0} fine tiles at n={n}"
-        self.k = check.integer("k", k, 1, 4 * n * n, why)
-        self.tau = check.positive("tau", tau)
-        self.patch_mean = check.choice("patch_mean", patch_mean, ("paper", "kept"))
-        self.csf, self.lower_scales = csf, lower_scales
-        self.selection = check.choice("selection", selection, ("gain", "background", "none"))
-        if not 0 <= ood_weight < math.inf:
-            raise ValueError(f"ood_weight={ood_weight} must be a finite number, at least 0.")
-        self.ood_weight = float(ood_weight)
-        self.adapter = check.choice("adapter", adapter, ("shared", "per_scale"))
-        self.normalize_v, self.normalize_t = normalize_v, normalize_t
-        self.pyramid_source = check.choice("pyramid_source", pyramid_source, ("input", "raw"))
-        self.resize = check.choice("resize", resize, ("crop", "squash"))
-        self.class_balance = check.choice("class_balance", class_balance, (None, "sampler"))
-        self.views = check.choice("views", views, (1, 2, 8))
-        self.epochs = check.integer("epochs", epochs, 1, 2**31)
-        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
-        self.learning_rate = check.positive("learning_rate", learning_rate)
-        self.encode_chunk = check.integer("encode_chunk", encode_chunk, 1, 2**31)
-        self.seed = check.integer("seed", seed, 0, 2**31)
+        self.pyramid, self.matching, self.pseudo_ood, self.training = pyramid, matching, pseudo_ood, training
+        fine = 4 * pyramid.n**2
+        check.integer("k", pseudo_ood.k, 1, fine, f"an image has {fine} fine tiles at n={pyramid.n}")
         self._plain: Backbone | None = None
 
     @property
@@ -141,12 +94,12 @@ class HVL(TrainedDetector):
     def attach(self, backbone: Backbone | str) -> None:
         """Take a backbone, and give it the pyramid."""
         backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
-        wide = backbone
+        wide, made = backbone, self.pyramid
+        source, resize = made.pyramid_source, made.resize
         if FEATURE not in backbone.added:
-            options = {"source": self.pyramid_source, "resize": self.resize, "chunk": self.encode_chunk}
             self._plain = backbone
-            wide = with_pyramid(backbone, self.n, **options)
-        elif backbone.added[FEATURE][1] != (key := pyramid_key(self.n, self.pyramid_source, self.resize)):
+            wide = with_pyramid(backbone, made.n, source=source, resize=resize, chunk=made.encode_chunk)
+        elif backbone.added[FEATURE][1] != (key := pyramid_key(made.n, source, resize)):
             raise UsageError(f"This backbone has a {backbone.added[FEATURE][1]}, {self.name!r} needs a {key}.")
         super().attach(wide)
 
@@ -164,10 +117,11 @@ class HVL(TrainedDetector):
 
     def _check_features(self, features: FeatureSet) -> None:
         tiles = features.get(FEATURE) if isinstance(features, FeatureSet) else None
-        if tiles is not None and (tiles.ndim != 3 or tiles.shape[1] != tiles_per_image(self.n)):
+        n, expected = self.pyramid.n, tiles_per_image(self.pyramid.n)
+        if tiles is not None and (tiles.ndim != 3 or tiles.shape[1] != expected):
             raise UsageError(
-                f"{self.name!r} with n={self.n} reads {tiles_per_image(self.n)} tiles per image; these features are of "
-                f"shape {list(tiles.shape)}. Extract them with this n (`detector.backbone`)."
+                f"{self.name!r} with n={n} reads {expected} tiles per image; these features are of shape "
+                f"{list(tiles.shape)}. Extract them with this n (`detector.backbone`)."
             )
         super()._check_features(features)
         check_finite(self.name, FEATURE, features)
@@ -191,21 +145,26 @@ class HVL(TrainedDetector):
 
         def losses(rows: Tensor, epoch: int) -> dict[str, Tensor]:
             images, rows = rows_of_epoch(rows, epoch)
-            return model.losses(tiles[rows].float(), labels[images], ood_weight=self.ood_weight)
+            return model.losses(tiles[rows].float(), labels[images], ood_weight=self.pseudo_ood.ood_weight)
 
         self.history = train(
             learned,
             losses,
             size=len(labels),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            optimizer=torch.optim.Adam(learned.values(), lr=self.learning_rate),
-            learning_rate=lambda epoch: self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2,
-            seed=self.seed,
-            recipe=self._recipe(images, backbone.fingerprint),
-            **run.keeping,
+            epochs=self.training.epochs,
+            batch_size=self.training.batch_size,
+            optimizer=torch.optim.Adam(learned.values(), lr=self.training.learning_rate),
+            learning_rate=lambda epoch: (
+                self.training.learning_rate * (1 + math.cos(math.pi * epoch / self.training.epochs)) / 2
+            ),
+            seed=self.training.seed,
+            **run.keeping(self._recipe(images, backbone.fingerprint)),
         )
         self.state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+    def _rate(self, epoch: float) -> float:
+        """A cosine to 0."""
+        return self.training.learning_rate * (1 + math.cos(math.pi * epoch / self.training.epochs)) / 2
 
     def _check_classes(self, labels: Tensor) -> None:
         counts = torch.bincount(labels, minlength=len(self.class_names)).tolist()
@@ -218,7 +177,7 @@ class HVL(TrainedDetector):
 
     def _raw_texts(self, backbone: Backbone) -> Tensor:
         unit = self._class_texts(backbone)  # sets the template, and checks it
-        if self.normalize_t:
+        if self.matching.normalize_t:
             return unit
         raw = [
             backbone.encode_text([fill(one, name) for name in self.class_names], normalize=False)
@@ -229,7 +188,7 @@ class HVL(TrainedDetector):
     def _tiles(self, images: FeatureSet | ImageSource, **loading: Any) -> Tensor:
         """Embeddings of V orientations of N images, orientation after orientation, [V N, 1 + 5 n^2, d]."""
         if isinstance(images, ImageSource):
-            source = TurnedViews(images, self.views) if self.views > 1 else images
+            source = TurnedViews(images, self.training.views) if self.training.views > 1 else images
             images = extract(backbone_of(self), source, self.needs, **loading)
         return images.extra[FEATURE]
 
@@ -238,9 +197,9 @@ class HVL(TrainedDetector):
         share = 1 / torch.bincount(labels).double()[labels]
 
         def draw(rows: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(self.training.seed * 1_000_003 + epoch)
             images = torch.arange(len(labels))
-            if self.class_balance == "sampler":
+            if self.training.class_balance == "sampler":
                 images = torch.multinomial(share, len(labels), replacement=True, generator=generator)
             view = torch.randint(views, (len(labels),), generator=generator)
             return images[rows], (view * len(labels) + images)[rows]
@@ -250,14 +209,14 @@ class HVL(TrainedDetector):
     def _model(self, text: Tensor) -> HVLModel:
         return HVLModel(
             text,
-            tau=self.tau,
-            csf=self.csf,
-            adapter=self.adapter,
-            normalize=self.normalize_v,
-            selection=self.selection,
-            lower_scales=self.lower_scales,
-            k=self.k,
-            seed=self.seed,
+            tau=self.matching.tau,
+            csf=self.matching.csf,
+            adapter=self.matching.adapter,
+            normalize=self.matching.normalize_v,
+            selection=self.pseudo_ood.selection,
+            lower_scales=self.pseudo_ood.lower_scales,
+            k=self.pseudo_ood.k,
+            seed=self.training.seed,
         )
 
     # ---- scores
@@ -283,14 +242,14 @@ class HVL(TrainedDetector):
 
     @torch.no_grad()
     def _combined(self, features: FeatureSet) -> tuple[Tensor, Tensor, Tensor]:
-        return self.trained_model(features)(features.extra[FEATURE]).combined(self.patch_mean)
+        return self.trained_model(features)(features.extra[FEATURE]).combined(self.matching.patch_mean)
 
     def variants(self) -> dict[str, Self]:
         """This detector, and with the other mean over tiles, which needs no training of its own.
 
         "hvl" as it is, "hvl_kept" or "hvl_paper" with the other `patch_mean`.
         """
-        other = "kept" if self.patch_mean == "paper" else "paper"
+        other = "kept" if self.matching.patch_mean == "paper" else "paper"
         return {self.name: self, f"{self.name}_{other}": copy.copy(self).set_params(patch_mean=other)}
 
     def _score(self, features: FeatureSet) -> Tensor:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ood_core.detectors.base import backbone_of
-from ood_core.errors import UsageError
-from ood_core.features import extract
+from ood_core import explanation
+from ood_core.explanation import judged
 from ood_core.pictures import panels
-from ood_core.pictures.panels import Drawable, Panel
+from ood_core.pictures.panels import Panel
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
@@ -21,15 +20,12 @@ __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation(Drawable):
-    """What went into the score of one image; tiles are numbered row by row from 0.
+class Explanation(explanation.Explanation):
+    """What went into the score of one image, besides what `ood_core.explanation.Explanation` holds.
+
+    Tiles are numbered row by row from 0.
 
     Attributes:
-        image: the RGB picture as the network sees it, resized and cropped.
-        score: of the detector; higher = more in-distribution.
-        threshold: of the detector, None if it is not calibrated.
-        is_ood: the decision, None if the detector is not calibrated.
-        predicted: name of the most likely known class.
         probabilities: float32 [C], mean over the three scales.
         scale_probabilities: float32 [3, C], of the whole image, the middle and the fine tiles.
         entropies: of the middle tiles [n, n] and the fine tiles [2n, 2n], in nats.
@@ -40,11 +36,6 @@ class Explanation(Drawable):
         class_names: the known classes.
     """
 
-    image: Image.Image
-    score: float
-    threshold: float | None
-    is_ood: bool | None
-    predicted: str
     probabilities: Tensor
     scale_probabilities: Tensor
     entropies: tuple[Tensor, Tensor]
@@ -66,7 +57,8 @@ class Explanation(Drawable):
             for s in range(2)
         ]
         return {
-            **{name: getattr(self, name) for name in ("score", "threshold", "is_ood", "predicted", "pseudo_ood")},
+            **super().to_dict(),
+            "pseudo_ood": self.pseudo_ood,
             "probabilities": dict(zip(self.class_names, self.probabilities.tolist(), strict=True)),
             "whole": {"probabilities": named[0]},
             "middle": {"probabilities": named[1]} | scales[0],
@@ -74,10 +66,9 @@ class Explanation(Drawable):
             "gain": self.gain.tolist(),
         }
 
-    def render(self) -> Image.Image:
-        """Five panels side by side: image, kept tiles of both scales, classes of the fine tiles, entropy gain."""
-        shown = [_whole(self), _tiles(self, 0), _tiles(self, 1), _classes(self), _gain(self)]
-        return panels.side_by_side(panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), shown)
+    def shown(self) -> list[Panel]:
+        """Five panels: image, kept tiles of both scales, classes of the fine tiles, entropy gain."""
+        return [_whole(self), _tiles(self, 0), _tiles(self, 1), _classes(self), _gain(self)]
 
 
 @torch.no_grad()
@@ -95,23 +86,13 @@ def explain(detector: HVL, image: Image.Image) -> Explanation:
     Example:
         >>> explain(detector, Image.open("lesion.jpg")).draw("why.png")  # doctest: +SKIP
     """
-    if getattr(detector, "name", None) != "hvl":
-        name = getattr(detector, "name", type(detector).__name__)
-        raise UsageError(f"explain takes an 'hvl' detector, got {name!r}: its score has other parts.")
-    backbone = backbone_of(detector)
-    features = extract(backbone, [image], detector.needs, progress=False)
-    scales = detector.scales(features)
-    probabilities, score, predicted = scales.combined(detector.patch_mean)
-    n, transform = detector.n, backbone.transform
+    features, judgement = judged(detector, image, "an 'hvl' detector", "hvl")
+    scales, n = detector.scales(features), detector.pyramid.n
     shapes = ((n, n), (2 * n, 2 * n))
     return Explanation(
-        image=transform.frame(image),
-        score=float(score),
-        threshold=detector.threshold,
-        is_ood=None if detector.threshold is None else bool(detector.is_ood(score.float().cpu())),
-        predicted=detector.class_names[int(predicted)],
-        probabilities=probabilities[0].cpu(),
-        scale_probabilities=torch.cat(scales.pooled(detector.patch_mean)).cpu(),
+        **judgement,
+        probabilities=scales.combined(detector.matching.patch_mean)[0][0].cpu(),
+        scale_probabilities=torch.cat(scales.pooled(detector.matching.patch_mean)).cpu(),
         entropies=(scales.entropy1.view(shapes[0]).cpu(), scales.entropy2.view(shapes[1]).cpu()),
         kept=(scales.keep1.view(shapes[0]).cpu(), scales.keep2.view(shapes[1]).cpu()),
         best_class=(scales.log_p[1].argmax(-1).view(shapes[0]).cpu(), scales.log_p[2].argmax(-1).view(shapes[1]).cpu()),

@@ -12,8 +12,9 @@ detection", AAAI 2026.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ood_core.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from ood_iim import functional
@@ -22,17 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"IIM": "detectors", "SMCM": "detectors", "PromptLearner": "learner"}
 __all__ = ["IIM", "SMCM", "PromptLearner", "functional"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return import_module("ood_iim.functional")
-    if name in _HOMES:
-        return getattr(import_module(f"ood_iim.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'ood_iim' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = imported_when_used(
+    __name__, {"IIM": "detectors", "SMCM": "detectors", "PromptLearner": "learner", "functional": None}
+)

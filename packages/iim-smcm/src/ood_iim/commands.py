@@ -53,7 +53,8 @@ def fit(args: argparse.Namespace) -> None:
         source = FewShot(source, args.shots, args.seed)
         if source.short_classes:
             message(f"Fewer than {args.shots} images, all taken: {_listed(source.short_classes)}")
-    message(f"Learning {len(names)} class prompts and {detector.negative_prompts} negatives from {len(source)} images")
+    negatives = detector.prompts.negative_prompts
+    message(f"Learning {len(names)} class prompts and {negatives} negatives from {len(source)} images")
     fit_detector(args, detector, source, cache=args.cache, workers=args.workers)
 
 
@@ -121,7 +122,7 @@ def import_released(args: argparse.Namespace) -> None:
     names = given_class_names(args) or []
     detector = IIM.from_released(args.checkpoint, backbone=load_backbone(args), class_names=names)
     detector.save_pretrained(args.out)
-    message(f"{len(names)} classes, {detector.negative_prompts} negative prompts. Saved: {args.out}")
+    message(f"{len(names)} classes, {detector.prompts.negative_prompts} negative prompts. Saved: {args.out}")
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -245,7 +246,7 @@ def _own_k(detector: IIM, backbone: Any) -> int:
 
     from ood_core.detectors.zero_shot import default_k
 
-    return default_k(detector.k, prod(backbone.grid))
+    return default_k(detector.scoring.k, prod(backbone.grid))
 
 
 def _reproduce_prototypes(args: argparse.Namespace) -> None:

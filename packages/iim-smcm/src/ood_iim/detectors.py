@@ -15,18 +15,21 @@ from ood_core.backbones.base import Backbone
 from ood_core.data.augment import LiveViews, Views
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector, backbone_of
+from ood_core.detectors.mcm import MCM
 from ood_core.detectors.trained import Run, TrainedDetector
-from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
+from ood_core.detectors.zero_shot import ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.functional import mcm, released_image_to_text, unsaturated_match
 from ood_core.ops import topk_patch_softmax
-from ood_core.training import train
+from ood_core.options import flat_options
+from ood_core.training import Epochs, train
 from PIL import Image
 from torch import Tensor
 
 from ood_iim import functional
 from ood_iim.learner import PromptLearner, learning_rate
+from ood_iim.options import Losses, Matching, Prompts, Scoring, Training
 
 __all__ = ["IIM", "SMCM", "Components"]
 
@@ -35,11 +38,8 @@ class SMCM(ZeroShot):
     """Symmetric MCM without negatives (S-MCM*): global, patch-to-class and class-to-patch matches.
 
     Args:
-        k: (patch, class) entries averaged; None: 50 if the grid has at least 100 patches, else a quarter of
-            them.
-        temperature: divides the cosines.
-        alpha: factor of the class-to-patch term.
-        **common: see `create_detector`.
+        scoring: how matches become a score, see `Matching`.
+        **common: options of this group by their own names (`k=16`); and see `create_detector`.
 
     Example:
         >>> from ood_core import create_detector
@@ -50,11 +50,10 @@ class SMCM(ZeroShot):
     name = "s_mcm"
     capabilities = frozenset({"image", "local", "text"})
 
-    def __init__(self, *, k: int | None = None, temperature: float = 1.0, alpha: float = 1.0, **common: Any) -> None:
+    @flat_options
+    def __init__(self, *, scoring: Matching = Matching(), **common: Any) -> None:
         super().__init__(**common)
-        self.k = k if k is None else check.integer("k", k, 1, 2**31)
-        self.temperature = check.positive("temperature", temperature)
-        self.alpha = functional.check_factor("alpha", alpha)
+        self.scoring = scoring
 
     @property
     def needs(self) -> frozenset[str]:
@@ -64,8 +63,8 @@ class SMCM(ZeroShot):
     def _score(self, features: FeatureSet) -> Tensor:
         # Both are there: the base class has checked `needs`.
         image, local = cast(Tensor, features.image), cast(Tensor, features.local)
-        text, k = self._text(features), default_k(self.k, local.shape[1])
-        options: dict[str, Any] = {"k": k, "temperature": self.temperature, "alpha": self.alpha}
+        text, k = self._text(features), default_k(self.scoring.k, local.shape[1])
+        options: dict[str, Any] = {"k": k, "temperature": self.scoring.temperature, "alpha": self.scoring.alpha}
         score = functional.s_mcm(image, local, text, text, **options)
         return unsaturated_match(score, image, local, text, **options)
 
@@ -121,35 +120,11 @@ class IIM(TrainedDetector):
     Both encoders stay frozen. `fit` learns a context per class, negative prompts and the text projection.
 
     Args:
-        k: (patch, class) entries averaged in the score; None: 50 if the grid has at least 100 patches, else a
-            quarter of them.
-        temperature: divides the cosines of the score.
-        alpha: factor of the class-to-patch term.
-        negatives: "use" or "ignore" the negative prompts in the score (S-MCM or S-MCM*).
-        form: of the score with negatives, "paper" or "released".
-        train_k: positive patches per class in the losses; None as for `k`.
-        train_temperature: divides the cosines in the losses; None: the inverse of the model's logit scale (0.01 for
-            CLIP), as the released code; 1: the T of the paper's text.
-        loss_form: of the negative loss, "paper" or "released".
-        region: hard negatives, "next" (ranks k + 1 to 2k) or "all" (k + 1 to P).
-        hard_negative_mining: other classes and negatives are read at their own best patches.
-        lambda_neg: factor of the negative loss.
-        lambda_div: factor of the diversity loss.
-        negative_prompts: C_n, their number; 0 for none.
-        context_length: learned tokens per prompt.
-        shared_context: one context for all classes.
-        context_init: words that contexts start from, instead of random vectors.
-        train_text_projection: learn the text tower's last linear map, too.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        learning_rate: of SGD, peak of the schedule.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        views: when fitted on images: augmented views encoded once and used in turn; 0 for new ones every epoch.
-        crop_scale: smallest share of the image's area in a view.
-        max_prompt_batch: prompts whose activations may be in memory at a time.
-        seed: of the start, the order and the views.
-        **common: see `create_detector`.
+        scoring: how images are scored, see `Scoring`.
+        losses: what the prompts are trained on, see `Losses`.
+        prompts: what is learned, see `Prompts`.
+        training: how, see `Training`.
+        **common: options of these groups by their own names (`alpha=0`); and see `create_detector`.
 
     Attributes:
         history: per epoch the weighted terms of the loss.
@@ -172,69 +147,18 @@ class IIM(TrainedDetector):
     # Few classes and steps: fewer negatives, so that the demo is quick, and a higher rate, so that it learns at all.
     demo_options: ClassVar[Mapping[str, Any]] = {"negative_prompts": 40, "epochs": 15, "learning_rate": 2e-3}
 
+    @flat_options
     def __init__(
         self,
         *,
-        k: int | None = None,
-        temperature: float = 1.0,
-        alpha: float = 1.0,
-        negatives: str = "use",
-        form: str = "paper",
-        train_k: int | None = None,
-        train_temperature: float | None = None,
-        loss_form: str = "paper",
-        region: str = "next",
-        hard_negative_mining: bool = True,
-        lambda_neg: float = 5.0,
-        lambda_div: float = 0.5,
-        negative_prompts: int = 300,
-        context_length: int = 16,
-        shared_context: bool = False,
-        context_init: str | None = None,
-        train_text_projection: bool = True,
-        epochs: int = 50,
-        batch_size: int = 32,
-        learning_rate: float = 2.5e-4,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        views: int = 0,
-        crop_scale: float = 0.85,
-        max_prompt_batch: int | None = 512,
-        seed: int = 1,
+        scoring: Scoring = Scoring(),
+        losses: Losses = Losses(),
+        prompts: Prompts = Prompts(),
+        training: Training = Training(),
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.k = k if k is None else check.integer("k", k, 1, 2**31)
-        self.temperature = check.positive("temperature", temperature)
-        self.alpha = functional.check_factor("alpha", alpha)
-        self.negatives = check.choice("negatives", negatives, ("use", "ignore"))
-        self.form = check.choice("form", form, ("paper", "released"))
-        self.train_k = train_k if train_k is None else check.integer("train_k", train_k, 1, 2**31)
-        self.train_temperature = (
-            train_temperature if train_temperature is None else check.positive("train_temperature", train_temperature)
-        )
-        self.loss_form = check.choice("loss_form", loss_form, ("paper", "released"))
-        self.region = check.choice("region", region, ("next", "all"))
-        self.hard_negative_mining = hard_negative_mining
-        self.lambda_neg = functional.check_factor("lambda_neg", lambda_neg)
-        self.lambda_div = functional.check_factor("lambda_div", lambda_div)
-        self.negative_prompts = check.integer("negative_prompts", negative_prompts, 0, 2**31)
-        self.context_length = check.integer("context_length", context_length, 1, 2**31)
-        self.shared_context, self.context_init = shared_context, context_init
-        self.train_text_projection = train_text_projection
-        self.epochs = check.integer("epochs", epochs, 1, 2**31)
-        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
-        self.learning_rate = check.positive("learning_rate", learning_rate)
-        self.momentum = functional.check_factor("momentum", momentum)
-        self.weight_decay = functional.check_factor("weight_decay", weight_decay)
-        self.views = check.integer("views", views, 0, 2**31)
-        self.crop_scale = check.positive("crop_scale", crop_scale)
-        if self.crop_scale > 1:
-            raise ValueError(f"crop_scale={crop_scale} must be at most 1, the whole image.")
-        if max_prompt_batch is not None:
-            check.integer("max_prompt_batch", max_prompt_batch, 1, 2**31)
-        self.max_prompt_batch = max_prompt_batch
-        self.seed = check.integer("seed", seed, 0, 2**31)
+        self.scoring, self.losses, self.prompts, self.training = scoring, losses, prompts, training
 
     @property
     def needs(self) -> frozenset[str]:
@@ -263,63 +187,64 @@ class IIM(TrainedDetector):
             size = math.prod(backbone.grid or ())
         self._class_texts(backbone)  # a template that does not fit shows here, not after the training
         learner = self._learner(backbone)
-        options = {name: getattr(self, name) for name in ("lambda_neg", "lambda_div", "region", "hard_negative_mining")}
-        options |= {"form": self.loss_form, "k": self._training_k(size), "temperature": self.train_temperature}
+        names = ("lambda_neg", "lambda_div", "region", "hard_negative_mining")
+        options: dict[str, Any] = {name: getattr(self.losses, name) for name in names}
+        options |= {"form": self.losses.loss_form, "temperature": self.losses.train_temperature}
+        options["k"] = self._training_k(size)
         patches = self._patches(backbone, images, **run.loading)
         self.history = train(
             learner.learned(),
             lambda rows, epoch: learner.losses(patches(rows, epoch), labels[rows], **options),
             size=len(labels),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
+            epochs=self.training.epochs,
+            batch_size=self.training.batch_size,
             optimizer=torch.optim.SGD(
                 learner.learned().values(),
-                lr=self.learning_rate,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
+                lr=self.training.learning_rate,
+                momentum=self.training.momentum,
+                weight_decay=self.training.weight_decay,
             ),
-            learning_rate=partial(learning_rate, peak=self.learning_rate, epochs=self.epochs),
-            seed=self.seed,
-            drop_last=True,
-            before_epoch=patches.prepare,
-            recipe=self._recipe(images, backbone.fingerprint),
-            **run.keeping,
+            learning_rate=partial(learning_rate, peak=self.training.learning_rate, epochs=self.training.epochs),
+            seed=self.training.seed,
+            in_epoch=Epochs(drop_last=True, before_epoch=patches.prepare),
+            **run.keeping(self._recipe(images, backbone.fingerprint)),
         )
         self._take(backbone, learner)
 
     def _patches(self, backbone: Backbone, images: FeatureSet | ImageSource, **loading: Any) -> _Rows | _Live:
         if isinstance(images, FeatureSet):
             return _Rows(images.local)
-        scale = (self.crop_scale, 1.0)
-        if not self.views:
-            workers = loading["workers"]
-            return _Live(backbone, LiveViews(images, backbone.transform, scale=scale, seed=self.seed, workers=workers))
-        views = Views(images, self.views, size=backbone.transform.crop, scale=scale, seed=self.seed)
-        return _Rows(extract(backbone, views, {"local"}, **loading).local, self.views)
+        views, scale, seed = self.training.views, (self.training.crop_scale, 1.0), self.training.seed
+        if not views:
+            live = LiveViews(images, backbone.transform, scale=scale, seed=seed, workers=loading["workers"])
+            return _Live(backbone, live)
+        crops = Views(images, views, size=backbone.transform.crop, scale=scale, seed=seed)
+        return _Rows(extract(backbone, crops, {"local"}, **loading).local, views)
 
     def _training_k(self, patches: int) -> int:
         """Positive patches per class."""
         most, why = self._most_training_k(patches)
-        return check.integer("train_k", default_k(self.train_k, patches), 1, most, why)
+        return check.integer("train_k", default_k(self.losses.train_k, patches), 1, most, why)
 
     def _most_training_k(self, patches: int) -> tuple[int, str]:
         """How many they can be, and why: the negative loss needs as many, or one at least, behind them."""
-        if not (self.lambda_neg and self.negative_prompts):
+        if not (self.losses.lambda_neg and self.prompts.negative_prompts):
             return patches, f"the grid has {patches} patches"
         why = f"the hard negatives are patches behind the train_k best of {patches}: lower train_k"
-        return patches // 2 if self.region == "next" else patches - 1, why
+        return patches // 2 if self.losses.region == "next" else patches - 1, why
 
     def _learner(self, backbone: Backbone) -> PromptLearner:
+        made = self.prompts
         return PromptLearner(
             backbone,
             self.class_names,
-            negatives=self.negative_prompts,
-            context_length=self.context_length,
-            shared_context=self.shared_context,
-            context_init=self.context_init,
-            train_text_projection=self.train_text_projection,
-            max_prompt_batch=self.max_prompt_batch,
-            seed=self.seed,
+            negatives=made.negative_prompts,
+            context_length=made.context_length,
+            shared_context=made.shared_context,
+            context_init=made.context_init,
+            train_text_projection=made.train_text_projection,
+            max_prompt_batch=made.max_prompt_batch,
+            seed=self.training.seed,
         )
 
     @torch.no_grad()
@@ -334,13 +259,13 @@ class IIM(TrainedDetector):
 
     def _score(self, features: FeatureSet) -> Tensor:
         text, local_text, negatives = self._texts(features)
-        negatives = negatives if self.negatives == "use" else None
+        negatives = negatives if self.scoring.negatives == "use" else None
         image, local = features.image, features.local
         options: dict[str, Any] = {
-            "k": default_k(self.k, local.shape[1]),
-            "temperature": self.temperature,
-            "alpha": self.alpha,
-            "form": self.form,
+            "k": default_k(self.scoring.k, local.shape[1]),
+            "temperature": self.scoring.temperature,
+            "alpha": self.scoring.alpha,
+            "form": self.scoring.form,
         }
         score = functional.s_mcm(image, local, text, local_text, negatives, **options)
         return unsaturated_match(score, image, local, text, negatives, local_text=local_text, **options)
@@ -370,13 +295,13 @@ class IIM(TrainedDetector):
             ValueError: no k, or `ks` or `temperature` out of range.
         """
         self._check_scorable(features)
-        ks = tuple(sorted({1, default_k(self.k, features.local.shape[1])}) if ks is None else ks)
-        temperature = self.temperature if temperature is None else temperature
+        ks = tuple(sorted({1, default_k(self.scoring.k, features.local.shape[1])}) if ks is None else ks)
+        temperature = self.scoring.temperature if temperature is None else temperature
         text, local_text, negatives = self._texts(features)
         global_match = mcm(features.image, text, temperature=temperature)
         star = topk_patch_softmax(features.local, local_text, k=ks, temperature=temperature)
         with_negatives = star.image_to_text
-        if negatives is not None and self.form == "released":
+        if negatives is not None and self.scoring.form == "released":
             with_negatives = released_image_to_text(features.local, local_text, negatives, ks, temperature)
         elif negatives is not None:
             with_negatives = topk_patch_softmax(
@@ -387,7 +312,7 @@ class IIM(TrainedDetector):
     def _predict(self, features: FeatureSet) -> Tensor:
         text, local_text, _ = self._texts(features)
         patches = features.local.shape[1]
-        k = min(default_k(self.k, patches), patches)
+        k = min(default_k(self.scoring.k, patches), patches)
         return functional.id_logits(features.image, features.local, text, local_text, k=k).argmax(1)
 
     def explain_image(self, image: Image.Image) -> Image.Image:
@@ -407,7 +332,7 @@ class IIM(TrainedDetector):
         """
         if not self.fitted:
             raise NotFittedError(f"{self.name!r} has not been fitted: {self.remedy}.")
-        plain = MCM(class_names=self.class_names, template=self.template, temperature=self.temperature)
+        plain = MCM(class_names=self.class_names, template=self.template, temperature=self.scoring.temperature)
         plain.state = {"text": self.state["text"]}
         plain._held = self._held
         options: dict[str, dict[str, Any]] = {

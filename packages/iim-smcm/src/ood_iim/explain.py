@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from ood_core.detectors.base import backbone_of
+from ood_core import explanation
 from ood_core.detectors.zero_shot import default_k
-from ood_core.errors import UsageError
-from ood_core.features import extract
+from ood_core.explanation import judged
 from ood_core.functional import mcm
 from ood_core.pictures import panels
-from ood_core.pictures.panels import Drawable, Panel
+from ood_core.pictures.panels import Panel
 from PIL import Image
 from torch import Tensor
 
@@ -23,20 +22,15 @@ __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation(Drawable):
-    """What went into the score of one image.
+class Explanation(explanation.Explanation):
+    """What went into the score of one image, besides what `ood_core.explanation.Explanation` holds.
 
     Patches are numbered row by row from 0; maps are [h, w], the grid of the backbone.
 
     Attributes:
-        image: the RGB picture as the network sees it, resized and cropped.
-        score: of the detector; higher = more in-distribution.
-        threshold: of the detector, None if it is not calibrated.
-        is_ood: the decision, None if the detector is not calibrated.
         mcm: first term of the score, the global match.
         image_to_text: second term, the best patch-to-class matches.
         text_to_image: third term, the best class-to-patch matches, times alpha.
-        predicted: name of the most likely known class, by `detector.predict`.
         positive_patches: those of ranks 1 to k by their similarity to the predicted class, best first; k is the
             `train_k` of an `IIM` and the `k` of an `SMCM`, at most P.
         ood_patches: those of ranks k + 1 to 2k; fewer, or none, if the grid ends before.
@@ -49,14 +43,9 @@ class Explanation(Drawable):
         negatives: negative prompts in the score, 0 for none.
     """
 
-    image: Image.Image
-    score: float
-    threshold: float | None
-    is_ood: bool | None
     mcm: float
     image_to_text: float
     text_to_image: float
-    predicted: str
     positive_patches: list[int]
     ood_patches: list[int]
     best_class: Tensor
@@ -67,8 +56,9 @@ class Explanation(Drawable):
 
     def to_dict(self) -> dict[str, Any]:
         """All but the picture as plain values for JSON; the best classes by name."""
-        names = ("score", "threshold", "is_ood", "mcm", "image_to_text", "text_to_image", "predicted", "negatives")
+        names = ("mcm", "image_to_text", "text_to_image", "negatives")
         return {
+            **super().to_dict(),
             **{name: getattr(self, name) for name in names},
             "grid": list(self.best_class.shape),
             "positive_patches": list(self.positive_patches),
@@ -78,14 +68,12 @@ class Explanation(Drawable):
             "text_to_image_map": self.text_to_image_map.tolist(),
         }
 
-    def render(self) -> Image.Image:
-        """Five panels of about 320 pixels side by side: image, mined patches, best classes and the two maps.
+    def shown(self) -> list[Panel]:
+        """Five panels of about 320 pixels: image, mined patches, best classes and the two maps.
 
         The maps are scaled from their own minimum (dark) to their own maximum (light).
         """
-        return panels.side_by_side(
-            _headline(self), [_picture(self), _mined_patches(self), _best_classes(self), *_maps(self)]
-        )
+        return [_picture(self), _mined_patches(self), _best_classes(self), *_maps(self)]
 
 
 def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
@@ -106,28 +94,19 @@ def explain(detector: SMCM | IIM, image: Image.Image) -> Explanation:
     Example:
         >>> explain(detector, Image.open("photo.jpg")).draw("why.png")  # doctest: +SKIP
     """
-    if getattr(detector, "name", None) not in ("s_mcm", "iim"):
-        name = getattr(detector, "name", type(detector).__name__)
-        raise UsageError(f"explain takes an 's_mcm' or 'iim' detector, got {name!r}: its score has other parts.")
-    backbone = backbone_of(detector)
-    features = extract(backbone, [image], detector.needs, progress=False)
-    # Both are there: these detectors read patches, and they classify.
-    grid, predicted = cast(tuple[int, int], features.grid), int(cast(Tensor, detector.predict(features)))
-    score, texts, transform = detector.score_features(features), _texts(detector), backbone.transform
+    features, judgement = judged(detector, image, "an 's_mcm' or 'iim' detector", "s_mcm", "iim")
+    grid = cast(tuple[int, int], features.grid)  # these detectors read patches
+    predicted, texts = detector.class_names.index(judgement["predicted"]), _texts(detector)
     # In float64, so that the terms sum to the score in all its digits.
     whole, local = features.image.double(), features.local[0].double()
-    p, q = _probabilities(local, texts, detector.temperature)
-    (patches, classes), k = p.shape, default_k(detector.k, len(local))
+    p, q = _probabilities(local, texts, detector.scoring.temperature)
+    (patches, classes), k = p.shape, default_k(detector.scoring.k, len(local))
     positive, ood = _mined(detector, local @ texts.local[predicted])
     return Explanation(
-        image=transform.frame(image),
-        score=float(score),
-        threshold=detector.threshold,
-        is_ood=None if detector.threshold is None else bool(detector.is_ood(score)),
-        mcm=float(mcm(whole, texts.whole, temperature=detector.temperature)),
+        **judgement,
+        mcm=float(mcm(whole, texts.whole, temperature=detector.scoring.temperature)),
         image_to_text=_mean_of_largest(p, k),
-        text_to_image=detector.alpha * patches / classes * _mean_of_largest(q, k),
-        predicted=detector.class_names[predicted],
+        text_to_image=detector.scoring.alpha * patches / classes * _mean_of_largest(q, k),
         positive_patches=positive,
         ood_patches=ood,
         best_class=p.argmax(1).view(grid),
@@ -153,8 +132,8 @@ def _texts(detector: SMCM | IIM) -> _Texts:
         return _Texts(text, text)
     whole, local = (detector.state[name].double() for name in ("text", "local_text"))
     trained = cast("IIM", detector)
-    used = "negatives" in trained.state and trained.negatives == "use"
-    return _Texts(whole, local, trained.state["negatives"].double() if used else None, trained.form)
+    used = "negatives" in trained.state and trained.scoring.negatives == "use"
+    return _Texts(whole, local, trained.state["negatives"].double() if used else None, trained.scoring.form)
 
 
 def _probabilities(local: Tensor, texts: _Texts, temperature: float) -> tuple[Tensor, Tensor]:
@@ -171,7 +150,7 @@ def _probabilities(local: Tensor, texts: _Texts, temperature: float) -> tuple[Te
 def _mined(detector: SMCM | IIM, similarity: Tensor) -> tuple[list[int], list[int]]:
     """Patches of ranks 1 to k and k + 1 to 2k of a class's similarities [P], with the k of the training of IIM."""
     patches = len(similarity)
-    k = min(patches, default_k(getattr(detector, "train_k", detector.k), patches))
+    k = min(patches, default_k(getattr(detector, "train_k", detector.scoring.k), patches))
     ranked = similarity.argsort(descending=True, stable=True).tolist()
     return ranked[:k], ranked[k : 2 * k]
 
@@ -188,10 +167,6 @@ _POSITIVE, _OOD = panels.COLORS[0], panels.COLORS[5]
 
 def _cell(found: Explanation) -> int:
     return max(1, round(_SIDE / max(found.best_class.shape)))
-
-
-def _headline(found: Explanation) -> str:
-    return panels.verdict(found.is_ood, found.score, found.threshold, found.predicted)
 
 
 def _picture(found: Explanation) -> Panel:

@@ -65,7 +65,7 @@ def s_mcm(
         negatives=(negatives, "M d"),
     )
     check.choice("form", form, ("paper", "released"))
-    check_factor("alpha", alpha)
+    check.factor("alpha", alpha)
     match = topk_patch_softmax(local, local_text, negatives, k=k, temperature=temperature)
     image_to_text = match.image_to_text
     if form == "released" and negatives is not None:
@@ -266,17 +266,3 @@ def _mean_pair_cosine(x: Tensor) -> Tensor:
     unit = F.normalize(x, dim=-1)
     twice = unit.sum(0).square().sum() - unit.square().sum()
     return twice / max(1, len(x) * (len(x) - 1))
-
-
-def check_factor(name: str, value: float) -> float:
-    """Check the factor of a term: a finite number, at least 0.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: negative, infinite or NaN.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}={value} must be a finite number, at least 0.")
-    return float(value)

@@ -51,7 +51,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
 """Name -> label -> options that differ from the defaults. Fig. 3 needs no training: `ood_iim.prototypes`."""
 
 # What computes figures here; `recipe` adds the core's part.
-_CODE = ("ood_iim.detectors", "ood_iim.functional", "ood_iim.learner", "ood_iim.studies")
+_CODE = ("ood_iim.detectors", "ood_iim.functional", "ood_iim.learner", "ood_iim.options", "ood_iim.studies")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _trained(
     ).results
     detector.save_pretrained(folder / "detector")
     checkpoint.unlink(missing_ok=True)
-    return results | {"losses": detector.history[-1], "epoch_seconds": seconds / detector.epochs}
+    return results | {"losses": detector.history[-1], "epoch_seconds": seconds / detector.training.epochs}
 
 
 def swept_trial(

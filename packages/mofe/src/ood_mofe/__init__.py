@@ -10,8 +10,9 @@ detection", ICCV 2025.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ood_core.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from ood_mofe import functional
@@ -20,17 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"MoFE": "detectors", "StackedExperts": "experts"}
 __all__ = ["MoFE", "StackedExperts", "functional"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return import_module("ood_mofe.functional")
-    if name in _HOMES:
-        return getattr(import_module(f"ood_mofe.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'ood_mofe' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = imported_when_used(
+    __name__, {"MoFE": "detectors", "StackedExperts": "experts", "functional": None}
+)

@@ -50,7 +50,9 @@ def fit(args: argparse.Namespace) -> None:
     """Train on labelled images, calibrate if asked, save."""
     source = open_given(args, args.source)
     detector = new_detector(args, "mofe", _class_names(args, source), seed=args.seed)
-    message(f"Training {detector.experts} experts on {len(source)} images of {len(detector.class_names)} classes")
+    message(
+        f"Training {detector.mixture.experts} experts on {len(source)} images of {len(detector.class_names)} classes"
+    )
     fit_detector(args, detector, source, cache=args.cache, workers=args.workers)
 
 
@@ -90,7 +92,7 @@ def _divided(detector: MoFE, source: Any, cache: str | None) -> tuple[Tensor, Te
     from ood_mofe.training import Split
 
     check_groups(detector)
-    split = Split.of(source, detector._labels(source), detector.validation)
+    split = Split.of(source, detector._labels(source), detector.training.validation)
     found = detector._survey(split, cache=cache)
     return found.prototypes, detector._groups(found.prototypes)
 

@@ -12,41 +12,34 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ood_core import check, functional
+from ood_core import functional
 from ood_core.backbones import create_backbone
 from ood_core.backbones.base import Backbone, hash_tensors
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import backbone_of
 from ood_core.detectors.held import Held
-from ood_core.detectors.logits import unsaturated_msp
 from ood_core.detectors.trained import Run, TrainedDetector, described
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
+from ood_core.options import flat_options
 from ood_core.prompts import text_features
 from PIL import Image
 from torch import Tensor
 
-from ood_mofe.functional import CLIP_LOGIT_SCALE, unsaturated_atd, unsaturated_ctw, unsaturated_mos
-from ood_mofe.model import MoFENetwork, Readout, check_depth, check_ways, image_projection, require_class_token
-from ood_mofe.partition import GROUPINGS, assign_groups, imagenet_words, initial_groups
-from ood_mofe.training import Split, Survey, split_validation, survey, train_network
+from ood_mofe.functional import CLIP_LOGIT_SCALE, unsaturated_mos
+from ood_mofe.model import MoFENetwork, Readout, check_depth, image_projection, require_class_token
+from ood_mofe.options import LOGIT_SCORES, TEXT_SCORES, Mixing, Mixture, Routing, Scoring, Training
+from ood_mofe.partition import assign_groups, imagenet_words, initial_groups
+from ood_mofe.training import Split, Survey, survey, train_network
 
 __all__ = ["MoFE", "read_texts"]
 
 log = logging.getLogger(__name__)
 
 _FEATURES = frozenset({"router", "token"})
-_LOGIT_SCORES = {"msp": unsaturated_msp, "max_logit": functional.max_logit, "energy": functional.energy}
-_HEAD_SCORES = ("others", "mos")
-_TEXT_SCORES = {"atd": unsaturated_atd, "ctw": unsaturated_ctw}
 _NEIGHBOURS = 50
-_TRAINING = (
-    *("mixup", "dynamic", "accuracy_weight", "reg", "reg_on", "reg_weight", "smoothing"),
-    *("epochs", "batch_size", "learning_rate", "head_learning_rate", "weight_decay", "clip", "seed"),
-    *("augment", "crop_scale", "cache_limit"),
-)
-_ROUTER = ("router_norm", "router_reads", "expert_layers")
-_NETWORK = (*_ROUTER, "unfreeze_blocks", "gate", "top_k", "tokens")
+# In the order in which the features of saved detectors name them.
+_NETWORK = ("router_norm", "router_reads", "expert_layers", "unfreeze_blocks", "gate", "top_k", "tokens")
 
 
 class MoFE(TrainedDetector):
@@ -56,49 +49,12 @@ class MoFE(TrainedDetector):
     that sends an image to one of them, and the heads. The rest of the backbone stays as it is.
 
     Args:
-        scorer: "knn" (distance to the k-th nearest training feature), "msp", "max_logit" or "energy" (of the global
-            head, or of the expert's head where there is none), "others" (1 - probability of "others" in the expert's
-            head), "mos" (minimum of "others" over all heads), "atd" or "ctw" (CLIPN's, with `texts`; "atd" without
-            them is "others").
-        k: neighbour of "knn"; None: 50, but no more than the classes of the training images have (their median), since
-            farther neighbours are of other classes. A smaller bank uses its farthest entry and says so.
-        bank: "expert" compares with the training images of the same expert, "global" with all.
-        head: that predicts the class, "expert" or "global"; None: the expert's where one is learned.
-        texts: .npz file with CLIPN's text features {yes: [C, d], no: [C, d]} in the order of the classes.
-        classifier: "linear", heads are learned; or "text", for CLIP: classes are told apart by their texts as in
-            zero-shot classification (the "yes" of `texts`, else the class names in `template`), and of the heads
-            only "others" is learned; cosines count with the backbone's own logit scale.
-        experts: their number E.
-        expert_layers: last blocks that have experts; an image goes through the same expert in each.
-        unfreeze_blocks: blocks below them that are trained, too.
-        grouping: how classes are divided, see `assign_groups`.
-        groups: class -> group, or a CSV file of them, see `assign_groups`.
-        moe: off, all classes share one copy of the last block (the last `expert_layers`).
-        group_heads: without `moe`: a head with "others" for every group of classes, as MOS has; else a head over all.
-        router_norm: "layer_norm" or "none", see `MoFENetwork`.
-        router_reads: "class" token or mean of the "patches", see `MoFENetwork`.
-        gate: "none", "literal" (Eq. 7 as it is written), "prob" or "renorm", see `MoFENetwork`.
-        top_k: experts per image, see `MoFENetwork`.
-        tokens: "cls" or "all", see `MoFENetwork`.
-        mixup: train on mixed images, too.
-        dynamic: mix the less, the more accurate a class is (Dynamic-beta); off is plain mixup.
-        accuracy_weight: w, how much the accuracy counts.
-        reg: "l2" keeps features small, "ls" smooths the labels of mixed images, "none" does neither.
-        reg_on: features that "l2" is on, "pre_norm" (in units of their mean square at the start) or "post_norm".
-        reg_weight: eta, factor of "l2"; `reg_on` says in which unit.
-        smoothing: of "ls".
-        epochs: passes over the training images.
-        batch_size: images per step, and as many mixed ones.
-        learning_rate: of AdamW for the trained blocks and the final norm, peak of the schedule.
-        head_learning_rate: for router and heads.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        augment: random crop and flip, new in every epoch.
-        crop_scale: smallest share of the image's area in a crop.
-        validation: share of each class's images that is held out to measure its accuracy, at most 50 images.
-        cache_limit: bytes of images and tokens that training may keep in memory.
-        seed: of router, heads, order, views and mixes.
-        **common: see `create_detector`.
+        scoring: how images are scored and classified, see `Scoring`.
+        mixture: the experts, see `Mixture`.
+        routing: how an image finds its experts, see `Routing`.
+        mixing: Dynamic-beta Mixup, see `Mixing`.
+        training: how the experts learn, see `Training`.
+        **common: options of these groups by their own names (`top_k=2`); and see `create_detector`.
 
     Attributes:
         history: per epoch the terms of the loss, the validation accuracy and the norm of the class token.
@@ -126,102 +82,42 @@ class MoFE(TrainedDetector):
         "k": 5,
     }
 
+    @flat_options
     def __init__(
         self,
         *,
-        scorer: str = "knn",
-        k: int | None = None,
-        bank: str = "expert",
-        head: str | None = None,
-        texts: str | Path | None = None,
-        classifier: str = "linear",
-        experts: int = 7,
-        expert_layers: int = 1,
-        unfreeze_blocks: int = 0,
-        grouping: str = "auto",
-        groups: Mapping[str, Any] | str | Path | None = None,
-        moe: bool = True,
-        group_heads: bool = False,
-        router_norm: str = "layer_norm",
-        router_reads: str = "class",
-        gate: str = "none",
-        top_k: int = 1,
-        tokens: str = "cls",
-        mixup: bool = True,
-        dynamic: bool = True,
-        accuracy_weight: float = 0.8,
-        reg: str = "l2",
-        reg_on: str = "pre_norm",
-        reg_weight: float = 0.1,
-        smoothing: float = 0.1,
-        epochs: int = 10,
-        batch_size: int = 256,
-        learning_rate: float = 1e-5,
-        head_learning_rate: float = 1e-3,
-        weight_decay: float = 0.05,
-        clip: float = 1.0,
-        augment: bool = True,
-        crop_scale: float = 0.5,
-        validation: float = 0.1,
-        cache_limit: float = 4e9,
-        seed: int = 0,
+        scoring: Scoring = Scoring(),
+        mixture: Mixture = Mixture(),
+        routing: Routing = Routing(),
+        mixing: Mixing = Mixing(),
+        training: Training = Training(),
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.scorer = check.choice("scorer", scorer, ("knn", *_LOGIT_SCORES, *_HEAD_SCORES, *_TEXT_SCORES))
-        self.bank = check.choice("bank", bank, ("expert", "global"))
-        self.head = check.choice("head", head, (None, "expert", "global"))
-        self.texts = None if texts is None else str(texts)
-        self.classifier = check.choice("classifier", classifier, ("linear", "text"))
-        self.grouping = check.choice("grouping", grouping, GROUPINGS)
-        self.groups = dict(groups) if isinstance(groups, Mapping) else None if groups is None else str(groups)
-        self.moe, self.group_heads, self.mixup, self.dynamic = moe, group_heads, mixup, dynamic
-        self.router_norm, self.router_reads, self.gate, self.tokens = router_norm, router_reads, gate, tokens
-        self.reg = check.choice("reg", reg, ("l2", "ls", "none"))
-        self.reg_on = check.choice("reg_on", reg_on, ("pre_norm", "post_norm"))
-        self.augment, self.cache_limit = augment, cache_limit
-        self.experts = check.integer("experts", experts, 1, 2**31)
-        self.expert_layers = check.integer("expert_layers", expert_layers, 1, 2**31)
-        self.unfreeze_blocks = check.integer("unfreeze_blocks", unfreeze_blocks, 0, 2**31)
-        self.k = k if k is None else check.integer("k", k, 1, 2**31)
-        self.top_k = check.integer("top_k", top_k, 1, experts)
-        self.epochs = check.integer("epochs", epochs, 1, 2**31)
-        self.batch_size = check.integer("batch_size", batch_size, 1, 2**31)
-        self.seed = check.integer("seed", seed, 0, 2**31)
-        self.learning_rate = check.positive("learning_rate", learning_rate)
-        self.head_learning_rate = check.positive("head_learning_rate", head_learning_rate)
-        self.clip = check.positive("clip", clip)
-        self.accuracy_weight = _factor("accuracy_weight", accuracy_weight)
-        self.reg_weight = _factor("reg_weight", reg_weight)
-        self.weight_decay = _factor("weight_decay", weight_decay)
-        self.smoothing, self.crop_scale, self.validation = smoothing, crop_scale, validation
+        self.scoring, self.mixture, self.routing = scoring, mixture, routing
+        self.mixing, self.training = mixing, training
         self._check_options()
 
     def _check_options(self) -> None:
-        split_validation(torch.zeros(0).long(), self.validation)
-        check_ways(**{name: getattr(self, name) for name in ("router_norm", "router_reads", "gate", "tokens", "top_k")})
-        if not 0 <= self.smoothing < 1:
-            raise UsageError(f"smoothing={self.smoothing!r} must be a share in [0, 1).")
-        if not 0 < self.crop_scale <= 1:
-            raise UsageError(f"crop_scale={self.crop_scale!r} must be a share above 0 and at most 1.")
-        if self.moe and self.group_heads:
+        self.routing.check(self.mixture.experts)
+        if self.mixture.moe and self.mixture.group_heads:
             raise UsageError("group_heads=True is for one shared block: pass moe=False, too.")
-        if self.mixup and self.dynamic and not self.validation:
+        if self.mixing.mixup and self.mixing.dynamic and not self.training.validation:
             raise UsageError(
                 "validation=0 leaves no images to measure accuracies with: pass dynamic=False, or a share."
             )
-        if self.head == "global" and not self._has_global_head:
+        if self.scoring.head == "global" and not self._has_global_head:
             raise UsageError(
                 "head='global' is trained by mixup=True, or where all classes share one head (moe=False); or pass "
                 "classifier='text'."
             )
-        if self.head == "expert" and not self._has_heads:
+        if self.scoring.head == "expert" and not self._has_heads:
             raise UsageError("head='expert' needs experts' heads: pass moe=True or group_heads=True.")
-        if self.scorer == "others" and not self.moe:
+        if self.scoring.scorer == "others" and not self.mixture.moe:
             raise UsageError("scorer='others' reads the head of one expert: pass moe=True, or scorer='mos'.")
-        if self.scorer in ("mos", "atd") and not (self._has_heads or self.texts):
-            raise UsageError(f"scorer={self.scorer!r} needs groups' heads: pass moe=True or group_heads=True.")
-        if self.scorer == "ctw" and not self.texts:
+        if self.scoring.scorer in ("mos", "atd") and not (self._has_heads or self.scoring.texts):
+            raise UsageError(f"scorer={self.scoring.scorer!r} needs groups' heads: pass moe=True or group_heads=True.")
+        if self.scoring.scorer == "ctw" and not self.scoring.texts:
             raise UsageError("scorer='ctw' needs texts=, a file with CLIPN's text features.")
 
     # ---- what there is
@@ -239,22 +135,26 @@ class MoFE(TrainedDetector):
     @property
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """Everything but what only the score depends on."""
-        texts = {"texts"} if self.classifier == "linear" else set()
+        texts = {"texts"} if self.scoring.classifier == "linear" else set()
         return frozenset(self.option_names()) - {"scorer", "k", "bank", "head", "cache_limit"} - texts
 
     @property
     def _has_heads(self) -> bool:
-        return self.moe or self.group_heads
+        return self.mixture.moe or self.mixture.group_heads
 
     @property
     def _has_global_head(self) -> bool:
-        return self.mixup or not self._has_heads or self.classifier == "text"
+        return self.mixing.mixup or not self._has_heads or self.scoring.classifier == "text"
 
     def _head(self, trained_with: str | None) -> str:
         """As `Readout.class_logits` calls it."""
-        if trained_with == "global" or not self._has_heads or (trained_with is None and self.classifier == "text"):
+        if (
+            trained_with == "global"
+            or not self._has_heads
+            or (trained_with is None and self.scoring.classifier == "text")
+        ):
             return "global"
-        return "expert" if self.moe else "groups"
+        return "expert" if self.mixture.moe else "groups"
 
     @property
     def group(self) -> Tensor:
@@ -269,9 +169,11 @@ class MoFE(TrainedDetector):
         backbone = _plain(backbone_of(self))
         self._check_counts(labels)
         if self._has_heads:
-            initial_groups(self.class_names, self.experts, **self._grouping())  # to refuse what cannot work at once
+            initial_groups(
+                self.class_names, self.mixture.experts, **self._grouping()
+            )  # to refuse what cannot work at once
         texts = self._class_rows(backbone)
-        split = Split.of(images, labels, self.validation)
+        split = Split.of(images, labels, self.training.validation)
         found = self._survey(split, **run.loading)
         group = self._groups(found.prototypes)
         network = self._network(backbone, group, texts)
@@ -282,9 +184,9 @@ class MoFE(TrainedDetector):
             found,
             head=self._head("global" if self._has_global_head else "expert"),
             recipe=self._recipe(images, backbone.fingerprint) | _digests(groups=group, texts=texts),
-            workers=run.workers,
-            **run.keeping,
-            **{name: getattr(self, name) for name in _TRAINING},
+            run=run,
+            mixing=self.mixing,
+            training=self.training,
         )
         self._take(backbone, network, split, run.loading)
 
@@ -301,13 +203,19 @@ class MoFE(TrainedDetector):
 
     def _survey(self, split: Split, **extraction: Any) -> Survey:
         """What the frozen backbone says about the images."""
-        router = {name: getattr(self, name) for name in _ROUTER}
-        return survey(_plain(backbone_of(self)), split, classes=len(self.class_names), **extraction, **router)
+        return survey(
+            _plain(backbone_of(self)),
+            split,
+            classes=len(self.class_names),
+            routing=self.routing,
+            expert_layers=self.mixture.expert_layers,
+            **extraction,
+        )
 
     def _class_rows(self, backbone: Backbone) -> Tensor | None:
         """Text features [C, d] that tell the classes apart; None where that is learned."""
-        found = self._read_texts(backbone) if self.texts else {}  # in any case: to refuse a bad file at once
-        if self.classifier == "linear":
+        found = self._read_texts(backbone) if self.scoring.texts else {}  # in any case: to refuse a bad file at once
+        if self.scoring.classifier == "linear":
             return None
         return found["yes"] if found else self._class_texts(backbone)
 
@@ -319,21 +227,23 @@ class MoFE(TrainedDetector):
     def _groups(self, prototypes: Tensor) -> Tensor:
         if not self._has_heads:
             return torch.zeros(len(self.class_names)).long()
-        return assign_groups(self.class_names, prototypes, self.experts, **self._grouping())
+        return assign_groups(self.class_names, prototypes, self.mixture.experts, **self._grouping())
 
     def _grouping(self) -> dict[str, Any]:
-        return {"grouping": self.grouping, "groups": self.groups}
+        return {"grouping": self.mixture.grouping, "groups": self.mixture.groups}
 
     def _network(self, backbone: Backbone, group: Tensor, texts: Tensor | None = None) -> MoFENetwork:
         return MoFENetwork.from_backbone(
             backbone,
             group,
-            experts=int(group.max()) + 1 if self.moe else 1,
+            experts=int(group.max()) + 1 if self.mixture.moe else 1,
             group_heads=self._has_heads,
             global_head=self._has_global_head,
             texts=texts,
-            seed=self.seed,
-            **{name: getattr(self, name) for name in _NETWORK},
+            seed=self.training.seed,
+            expert_layers=self.mixture.expert_layers,
+            unfreeze_blocks=self.mixture.unfreeze_blocks,
+            routing=self.routing,
         )
 
     def _take(self, backbone: Backbone, network: MoFENetwork, split: Split, extraction: dict[str, Any]) -> None:
@@ -350,18 +260,18 @@ class MoFE(TrainedDetector):
         bank = F.normalize(features.extra["token"], dim=1)[order]
         self.state |= {"bank": bank, "bank_expert": expert[order], "bank_row": split.rows[order]}
         self.state["k"] = torch.bincount(split.labels[split.rows]).median().clamp(max=_NEIGHBOURS)
-        if self.texts:
+        if self.scoring.texts:
             self.state |= self._read_texts(backbone)
         self._mention_small_banks(self._small_banks())
 
     def _read_texts(self, backbone: Backbone) -> dict[str, Tensor]:
         if "text" not in backbone.capabilities:
             raise UsageError("texts= is for CLIP backbones, whose images and texts share a space.")
-        return read_texts(str(self.texts), len(self.class_names), backbone.width)
+        return read_texts(str(self.scoring.texts), len(self.class_names), backbone.width)
 
     def _small_banks(self) -> dict[str, int]:
         """Images by the name of each bank in which `k` reaches beyond the last."""
-        sizes = self._bank_sizes() if self.fitted and self.scorer == "knn" else {}
+        sizes = self._bank_sizes() if self.fitted and self.scoring.scorer == "knn" else {}
         return {bank: size for bank, size in sizes.items() if size < self.neighbour}
 
     def _mention_small_banks(self, banks: Mapping[str, int]) -> None:
@@ -372,7 +282,7 @@ class MoFE(TrainedDetector):
     def _bank_sizes(self) -> dict[str, int]:
         """Images by the name of the bank."""
         sizes = torch.bincount(self.state["bank_expert"], minlength=self._experts).tolist()
-        if self.bank == "global" or len(sizes) == 1:
+        if self.scoring.bank == "global" or len(sizes) == 1:
             return {"all experts": sum(sizes)}
         return {f"expert {e} ({', '.join(self._classes_of(e)[:3])}, ...)": size for e, size in enumerate(sizes)}
 
@@ -382,7 +292,7 @@ class MoFE(TrainedDetector):
     @property
     def neighbour(self) -> int:
         """Rank of the neighbour that "knn" reads, in banks that are large enough: `k`, or what was chosen for None."""
-        return self.k or int(self.state.get("k", _NEIGHBOURS))
+        return self.scoring.k or int(self.state.get("k", _NEIGHBOURS))
 
     @property
     def _experts(self) -> int:
@@ -413,8 +323,8 @@ class MoFE(TrainedDetector):
 
     def _attach(self, backbone: Backbone) -> None:
         require_class_token(backbone)
-        check_depth(backbone, self.expert_layers, self.unfreeze_blocks)
-        if self.classifier == "text":
+        check_depth(backbone, self.mixture.expert_layers, self.mixture.unfreeze_blocks)
+        if self.scoring.classifier == "text":
             backbone.require("text")
 
     def attach(self, backbone: Backbone | str) -> None:
@@ -443,7 +353,7 @@ class MoFE(TrainedDetector):
         return self._loaded(_plain(backbone_of(self)))
 
     def _loaded(self, base: Backbone) -> MoFENetwork:
-        texts = self.state["model.readout.global_head.weight"] if self.classifier == "text" else None
+        texts = self.state["model.readout.global_head.weight"] if self.scoring.classifier == "text" else None
         network = self._network(base, self.group, texts)
         learned = {
             name.removeprefix("model."): value for name, value in self.state.items() if name.startswith("model.")
@@ -461,7 +371,7 @@ class MoFE(TrainedDetector):
         """The backbone with "router" and "token", computed in one pass behind its trunk."""
         network = self._loaded(base)
         learned = network.state_dict()
-        options = {name: getattr(network, name) for name in _NETWORK}
+        options = {name: getattr(self, name) for name in _NETWORK}
         read = {name: value for name, value in learned.items() if not name.startswith("readout.")}
         key = hash_tensors(sorted(read.items()), json.dumps(options))
         return base.with_features(
@@ -476,7 +386,7 @@ class MoFE(TrainedDetector):
         """
         from ood_mofe.explain import explain
 
-        return explain(self, image).render() if self.scorer == "knn" else None
+        return explain(self, image).render() if self.scoring.scorer == "knn" else None
 
     # ---- scores
 
@@ -492,19 +402,19 @@ class MoFE(TrainedDetector):
 
     def _score(self, features: FeatureSet) -> Tensor:
         expert, token = self._expert(features), features.extra["token"]
-        if self.scorer == "knn":
+        if self.scoring.scorer == "knn":
             return self._knn(F.normalize(token, dim=1), expert)
-        if self.scorer in _LOGIT_SCORES:
-            return _LOGIT_SCORES[self.scorer](
+        if self.scoring.scorer in LOGIT_SCORES:
+            return LOGIT_SCORES[self.scoring.scorer](
                 self._class_logits(token, expert, "global" if self._has_global_head else None)
             )
-        if self.scorer in _TEXT_SCORES and "yes" in self.state:
+        if self.scoring.scorer in TEXT_SCORES and "yes" in self.state:
             projected, yes, no = (self.state[name].to(token) for name in ("projection", "yes", "no"))
             image, scale = F.normalize(token @ projected, dim=1), float(self._logit_scale())
-            return _TEXT_SCORES[self.scorer](image, yes, no, logit_scale=scale)
+            return TEXT_SCORES[self.scoring.scorer](image, yes, no, logit_scale=scale)
         heads = self._readout(token).heads
         assert heads is not None
-        if self.scorer == "mos" or not self.moe:
+        if self.scoring.scorer == "mos" or not self.mixture.moe:
             return unsaturated_mos(heads.by_group(token))
         odds = heads.others_odds(token, expert)
         return functional.unsaturated((-odds).sigmoid(), F.logsigmoid(odds))
@@ -512,7 +422,7 @@ class MoFE(TrainedDetector):
     def _knn(self, queries: Tensor, expert: Tensor) -> Tensor:
         """Each image against the bank of its expert, or against all."""
         bank, owner = self.state["bank"].to(queries), self.state["bank_expert"].to(queries.device)
-        if self.bank == "global":
+        if self.scoring.bank == "global":
             return functional.knn(queries, bank, k=min(self.neighbour, len(bank)))
         scores = queries.new_full((len(queries),), -2.0)  # as far as can be, where the expert has no bank
         for one in expert.unique().tolist():
@@ -524,7 +434,7 @@ class MoFE(TrainedDetector):
         return scores
 
     def _predict(self, features: FeatureSet) -> Tensor:
-        return self._class_logits(features.extra["token"], self._expert(features), self.head).argmax(1)
+        return self._class_logits(features.extra["token"], self._expert(features), self.scoring.head).argmax(1)
 
     def _class_logits(self, token: Tensor, expert: Tensor, head: str | None) -> Tensor:
         return self._readout(token).class_logits(token, expert, self._head(head))
@@ -563,10 +473,6 @@ def read_texts(file: str | Path, classes: int, width: int) -> dict[str, Tensor]:
 def _digests(**tensors: Tensor | None) -> dict[str, str]:
     """What a recipe says of tensors, whatever file they came from."""
     return {name: hash_tensors([(name, value)]) for name, value in tensors.items() if value is not None}
-
-
-def _factor(name: str, value: float) -> float:
-    return 0.0 if value == 0 else check.positive(name, value)
 
 
 def _plain(backbone: Backbone) -> Backbone:

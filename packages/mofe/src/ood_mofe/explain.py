@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ood_core import functional
+from ood_core import explanation, functional
 from ood_core.data import open_source
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import backbone_of
-from ood_core.errors import DataError, UsageError
+from ood_core.errors import DataError
+from ood_core.explanation import judged
 from ood_core.features import FeatureSet, extract
 from ood_core.pictures import panels
-from ood_core.pictures.panels import Drawable, Panel
+from ood_core.pictures.panels import Panel
 from PIL import Image
 from torch import Tensor
 
@@ -65,15 +66,10 @@ class Neighbour(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation(Drawable):
-    """What went into the score of one image.
+class Explanation(explanation.Explanation):
+    """What went into the score of one image, besides what `ood_core.explanation.Explanation` holds.
 
     Attributes:
-        image: the RGB picture as the network sees it, resized and cropped.
-        score: of the detector; higher = more in-distribution.
-        threshold: of the detector, None if it is not calibrated.
-        is_ood: the decision, None if the detector is not calibrated.
-        predicted: name of the most likely known class.
         experts: all, the most probable first: that one computed the features.
         neighbours: the nearest entries of the bank that the image is compared with, nearest first.
         k: rank of the neighbour that counts, no more than the bank has.
@@ -82,11 +78,6 @@ class Explanation(Drawable):
         reference: which images these are, "calibration images" or "training images, each left out".
     """
 
-    image: Image.Image
-    score: float
-    threshold: float | None
-    is_ood: bool | None
-    predicted: str
     experts: list[Expert]
     neighbours: list[Neighbour]
     k: int
@@ -103,8 +94,9 @@ class Explanation(Drawable):
 
     def to_dict(self) -> dict[str, Any]:
         """All but the pictures as plain values for JSON."""
-        names = ("score", "threshold", "is_ood", "predicted", "k", "distance", "reference", "farther")
+        names = ("k", "distance", "reference", "farther")
         return {
+            **super().to_dict(),
             **{name: getattr(self, name) for name in names},
             "experts": [expert._asdict() for expert in self.experts],
             "neighbours": [
@@ -113,10 +105,9 @@ class Explanation(Drawable):
             "id_distances": self.id_distances.tolist(),
         }
 
-    def render(self) -> Image.Image:
-        """Four panels side by side: image, experts, nearest training images, distances of known images."""
-        shown = [_whole(self), _experts(self), _neighbours(self), _distances(self)]
-        return panels.side_by_side(panels.verdict(self.is_ood, self.score, self.threshold, self.predicted), shown)
+    def shown(self) -> list[Panel]:
+        """Four panels: image, experts, nearest training images, distances of known images."""
+        return [_whole(self), _experts(self), _neighbours(self), _distances(self)]
 
 
 @torch.no_grad()
@@ -139,24 +130,14 @@ def explain(
     Example:
         >>> explain(detector, Image.open("photo.jpg"), train="train/").draw("why.png")  # doctest: +SKIP
     """
-    if getattr(detector, "name", None) != "mofe":
-        name = getattr(detector, "name", type(detector).__name__)
-        raise UsageError(f"explain takes a 'mofe' detector, got {name!r}: its score has other parts.")
-    backbone = backbone_of(detector)
-    features = extract(backbone, [image], detector.needs, progress=False)
-    score = detector.score_features(features)
+    features, judgement = judged(detector, image, "a 'mofe' detector", "mofe")
     bank, rows = _compared_with(detector, features)
     k = min(detector.neighbour, len(bank))
     query = F.normalize(features.extra["token"], dim=1).to(bank)
     nearest = _nearest(query, bank, rows, neighbours)
     reference, distances = _known_distances(detector, bank)
-    transform = backbone.transform
     return Explanation(
-        image=transform.frame(image),
-        score=float(score),
-        threshold=detector.threshold,
-        is_ood=None if detector.threshold is None else bool(detector.is_ood(score)),
-        predicted=detector.class_names[int(detector.predict(features))],  # type: ignore[arg-type]  # it classifies
+        **judgement,
         experts=_ranked(detector, features.extra["router"][0]),
         neighbours=nearest if train is None else _shown(detector, open_source(train), nearest),
         k=k,
@@ -169,7 +150,7 @@ def explain(
 def _compared_with(detector: MoFE, features: FeatureSet) -> tuple[Tensor, Tensor]:
     """Entries of the bank [K, D] and their rows [K]."""
     bank, rows = detector.state["bank"], detector.state["bank_row"]
-    if detector.bank == "global":
+    if detector.scoring.bank == "global":
         return bank, rows
     mine = detector.state["bank_expert"] == features.extra["router"].argmax(1).cpu()
     return bank[mine], rows[mine]
@@ -183,7 +164,7 @@ def _nearest(query: Tensor, bank: Tensor, rows: Tensor, count: int) -> list[Neig
 
 def _known_distances(detector: MoFE, bank: Tensor) -> tuple[str, Tensor]:
     """What is known of the same distance for ID images; entries of the bank are compared with the others."""
-    if detector.scorer == "knn" and detector.calibration is not None:
+    if detector.scoring.scorer == "knn" and detector.calibration is not None:
         return "calibration images", -detector.calibration.scores
     few = bank[torch.linspace(0, max(len(bank) - 1, 0), min(len(bank), _MOST)).round().long()]
     if len(bank) < 2:

@@ -15,8 +15,8 @@ from ood_core import check
 from ood_core.functional import unsaturated
 from torch import Tensor
 
-from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.groups import cluster_classes, partition_classes, wordnet_groups
+from ood_mofe.ops import expert_class_token, expert_tokens
 
 __all__ = [
     "CLIP_LOGIT_SCALE",

@@ -11,20 +11,15 @@ import torch.nn.functional as F
 from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.errors import UsageError
+from ood_core.options import flat_options
 from torch import Tensor, nn
 
-from ood_mofe.dispatch import expert_class_token, expert_tokens
 from ood_mofe.experts import StackedExperts
 from ood_mofe.functional import CLIP_LOGIT_SCALE, _weighted
+from ood_mofe.ops import expert_class_token, expert_tokens
+from ood_mofe.options import Routing
 
 __all__ = ["GroupHeads", "MoFENetwork", "Readout", "TextGroupHeads", "TextHead", "require_class_token"]
-
-_WAYS = {
-    "router_norm": ("layer_norm", "none"),
-    "router_reads": ("class", "patches"),
-    "gate": ("none", "literal", "prob", "renorm"),
-    "tokens": ("cls", "all"),
-}
 
 
 class _Heads(nn.Module):
@@ -278,16 +273,8 @@ class MoFENetwork(nn.Module):
         group_heads: a head per group, with "others".
         global_head: a head over all classes.
         text_head: the classes' texts in place of learned heads; then there is a global head in any case.
-        router_norm: "layer_norm" (without parameters) or "none", of the router's input.
-        router_reads: "class", the class token, or "patches", the mean of the patch tokens.
         patches: how many of the last tokens these are.
-        gate: "none" takes the expert's result as it is; "literal" weights the experts' whole results by the router's
-            probabilities, as Eq. 7 is written; "prob" so weights only what they add to the class token; "renorm" does
-            with the probabilities divided by their sum over the `top_k`. An expert of several layers counts as a whole.
-            With one expert "literal" differs from "none" in the length of the class token only, which the final norm
-            takes away again; the experts then start at the backbone's features in both.
-        top_k: experts per image; more than one needs a gate. Heads and banks are those of the first.
-        tokens: "cls" computes the class token alone in the last layer, "all" the whole block; they agree.
+        routing: how an image finds its experts, see `Routing`.
         seed: of router and heads.
 
     Attributes:
@@ -302,6 +289,7 @@ class MoFENetwork(nn.Module):
     default `gate="none"`, which is not Eq. 7: that is "literal".
     """
 
+    @flat_options
     def __init__(
         self,
         experts: StackedExperts,
@@ -313,18 +301,13 @@ class MoFENetwork(nn.Module):
         group_heads: bool = True,
         global_head: bool = True,
         text_head: TextHead | None = None,
-        router_norm: str = "layer_norm",
-        router_reads: str = "class",
         patches: int = 0,
-        gate: str = "none",
-        top_k: int = 1,
-        tokens: str = "cls",
+        routing: Routing = Routing(),
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_ways(router_norm=router_norm, router_reads=router_reads, gate=gate, tokens=tokens, top_k=top_k)
-        self.router_norm, self.router_reads, self.gate, self.tokens = router_norm, router_reads, gate, tokens
-        self.top_k = check.integer("top_k", top_k, 1, len(experts), "the number of experts")
+        routing.check(len(experts))
+        self.routing = routing
         groups = int(group.max()) + 1
         if len(experts) not in (1, groups):
             raise UsageError(f"There are {len(experts)} experts for {groups} groups of classes: give one per group.")
@@ -408,9 +391,9 @@ class MoFENetwork(nn.Module):
 
     def router_input(self, tokens: Tensor) -> Tensor:
         """What the router reads of z, [B, D]."""
-        read = tokens[:, 0] if self.router_reads == "class" else tokens[:, -self.patches :].mean(1)
+        read = tokens[:, 0] if self.routing.router_reads == "class" else tokens[:, -self.patches :].mean(1)
         x = read.to(self.router.dtype)
-        return F.layer_norm(x, (x.shape[-1],), eps=self.experts.eps) if self.router_norm == "layer_norm" else x
+        return F.layer_norm(x, (x.shape[-1],), eps=self.experts.eps) if self.routing.router_norm == "layer_norm" else x
 
     def router_logits(self, tokens: Tensor) -> Tensor:
         """[B, E]; Eq. 6 is their softmax."""
@@ -424,16 +407,16 @@ class MoFENetwork(nn.Module):
             expert: int64 [R], the first (with `top_k=1` the only) expert of each row; more follow the router.
             router_logits: [R, E]; without a gate they are not read.
         """
-        if self.gate == "none":
+        if self.routing.gate == "none":
             return self._behind(tokens, expert)
         probability = router_logits.softmax(-1)
-        ranked = probability.detach().scatter(1, expert[:, None], math.inf).topk(self.top_k).indices
+        ranked = probability.detach().scatter(1, expert[:, None], math.inf).topk(self.routing.top_k).indices
         weight = probability.gather(1, ranked)
-        if self.gate == "renorm":
+        if self.routing.gate == "renorm":
             weight = weight / weight.sum(1, keepdim=True)
         # `mix_experts` without its checks: of weights that have diverged the training loop says what can be done.
         results = torch.stack([self._behind(tokens, chosen) for chosen in ranked.T], 1)
-        if self.gate == "literal":
+        if self.routing.gate == "literal":
             return _weighted(results, weight)
         start = tokens[:, 0].to(weight.dtype)
         return start + _weighted(results - start[:, None], weight)
@@ -441,7 +424,7 @@ class MoFENetwork(nn.Module):
     def _behind(self, tokens: Tensor, expert: Tensor) -> Tensor:
         for layer in self.lower:
             tokens = expert_tokens(tokens, expert, layer)
-        if self.tokens == "cls":
+        if self.routing.tokens == "cls":
             return expert_class_token(tokens, expert, self.experts)
         return expert_tokens(tokens, expert, self.experts)[:, 0]
 
@@ -464,14 +447,6 @@ def image_projection(backbone: Backbone, width: int) -> Tensor:
     """The linear map [D, d] from class tokens behind the final norm to the space of the texts."""
     rows = torch.eye(width, device=backbone.device, dtype=backbone.dtype)
     return backbone.project(rows)  # type: ignore[attr-defined]  # all with texts have it
-
-
-def check_ways(*, top_k: int, gate: str, **chosen: str) -> None:
-    """Refuse what no network can do: unknown words for options, or several experts per image without weights."""
-    for name, value in {"gate": gate, **chosen}.items():
-        check.choice(name, value, _WAYS[name])
-    if top_k > 1 and gate == "none":
-        raise UsageError(f"top_k={top_k} experts need weights: pass gate='renorm', gate='prob' or gate='literal'.")
 
 
 def check_depth(backbone: Backbone, expert_layers: int, unfreeze_blocks: int) -> None:

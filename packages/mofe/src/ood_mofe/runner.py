@@ -27,6 +27,7 @@ from ood_core.runs import Run, UsedImages, kept_runs, recipe, spread
 from ood_core.scores import ScoreTable
 
 from ood_mofe.detectors import MoFE
+from ood_mofe.options import Mixture
 from ood_mofe.partition import initial_groups
 
 __all__ = ["KS", "Bench", "Setting", "check_groups", "summarise", "variants"]
@@ -36,8 +37,8 @@ KS = (10, 50, 100, 200, 500, 1000)
 
 _CODE = (
     "ood_mofe.runner",
-    *(f"ood_mofe.{name}" for name in ("detectors", "dispatch", "experts", "functional", "groups", "model")),
-    *("ood_mofe.partition", "ood_mofe.training"),
+    *(f"ood_mofe.{name}" for name in ("detectors", "experts", "functional", "groups", "model", "ops")),
+    *("ood_mofe.options", "ood_mofe.partition", "ood_mofe.training"),
 )
 """What the figures are computed by; those of other methods by the first alone, and the core."""
 
@@ -58,12 +59,13 @@ def variants(detector: MoFE) -> dict[str, MoFE]:
     Example:
         >>> evaluate(variants(detector), id="test/", ood={"textures": "dtd/"})  # doctest: +SKIP
     """
-    several, heads = detector.moe and len(set(detector.group.tolist())) > 1, detector.moe or detector.group_heads
+    mixture = detector.mixture
+    several, heads = mixture.moe and len(set(detector.group.tolist())) > 1, mixture.moe or mixture.group_heads
     ways: dict[str, dict[str, Any]] = {"knn": {"scorer": "knn", "bank": "expert"}}
     if several:
         ways["knn_global"] = {"scorer": "knn", "bank": "global"}
-    names = ["msp", "max_logit", "energy", *["others"] * detector.moe, *["mos"] * heads]
-    names += ["atd", "ctw"] if detector.texts else []
+    names = ["msp", "max_logit", "energy", *["others"] * mixture.moe, *["mos"] * heads]
+    names += ["atd", "ctw"] if detector.scoring.texts else []
     ways |= {name: {"scorer": name} for name in names}
     return {name: _changed(detector, **options) for name, options in ways.items()}
 
@@ -75,8 +77,9 @@ def _changed(detector: Any, **options: Any) -> Any:
 
 def check_groups(detector: MoFE) -> None:
     """Refuse what no features will mend, as `partition.initial_groups` does, before any image is read."""
-    if detector.moe or detector.group_heads:
-        initial_groups(detector.class_names, detector.experts, grouping=detector.grouping, groups=detector.groups)
+    mixture = detector.mixture
+    if mixture.moe or mixture.group_heads:
+        initial_groups(detector.class_names, mixture.experts, grouping=mixture.grouping, groups=mixture.groups)
 
 
 class Setting(NamedTuple):
@@ -169,7 +172,7 @@ class Bench:
             return []
         return [
             f"{self.protocol.title} is divided among {_FEW} experts, which is ours: the paper gives no number for it, "
-            f"and {MoFE().experts} is its best on ImageNet-1k; --param experts=N takes another."
+            f"and {Mixture().experts} is its best on ImageNet-1k; --param experts=N takes another."
         ]
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ood_core import check
 from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches
 from ood_core.data.augment import LiveViews
 from ood_core.data.sources import ImageSource
+from ood_core.detectors.trained import Run
 from ood_core.features import stream
-from ood_core.training import train
+from ood_core.options import flat_options
+from ood_core.training import Epochs, train
 from torch import Tensor, nn
 
 from ood_mofe.functional import (
@@ -32,6 +35,7 @@ from ood_mofe.functional import (
     routing_loss,
 )
 from ood_mofe.model import MoFENetwork
+from ood_mofe.options import Mixing, Routing, Training
 
 __all__ = [
     "Crops",
@@ -77,8 +81,7 @@ def split_validation(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
         >>> len(train), len(held), 3 in train
         (3, 1, True)
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-        raise ValueError(f"validation={share!r} must be a share in [0, 1).")
+    check.part("validation", share)
     generator = torch.Generator().manual_seed(0)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist() if share else ():
@@ -139,6 +142,7 @@ class Survey:
 
 
 @torch.no_grad()
+@flat_options
 def survey(
     backbone: Backbone,
     split: Split,
@@ -147,7 +151,8 @@ def survey(
     cache: str | Path | None = None,
     workers: int = 0,
     progress: bool | None = None,
-    **router: Any,
+    routing: Routing = Routing(),
+    expert_layers: int = 1,
 ) -> Survey:
     """Look at every centre crop once with the backbone as it is.
 
@@ -158,9 +163,12 @@ def survey(
         cache: folder for the class tokens.
         workers: processes that decode.
         progress: a bar on stderr; None shows it on a terminal only.
-        **router: `router_norm`, `router_reads` and `expert_layers` of `MoFENetwork`.
+        routing: what the router reads.
+        expert_layers: last blocks that will have experts.
     """
-    network = MoFENetwork.from_backbone(backbone, torch.zeros(1).long(), experts=1, **router)
+    reading = Routing(router_norm=routing.router_norm, router_reads=routing.router_reads)
+    alone: dict[str, Any] = {"experts": 1, "expert_layers": expert_layers, "routing": reading}
+    network = MoFENetwork.from_backbone(backbone, torch.zeros(1).long(), **alone)
     seen = _with_class_tokens(backbone, network)
     loading: dict[str, Any] = {"cache": cache, "workers": workers, "progress": progress}
     means, count, squares = torch.zeros(2, classes, network.experts.width, dtype=torch.float64), 0, 0.0
@@ -187,7 +195,7 @@ def _with_class_tokens(backbone: Backbone, network: MoFENetwork) -> Backbone:
         behind = network.class_token(tokens, logits.argmax(1), logits)
         return {"router_input": network.router_input(tokens), "behind": behind}
 
-    router = f"router_norm={network.router_norm} router_reads={network.router_reads}"
+    router = f"router_norm={network.routing.router_norm} router_reads={network.routing.router_reads}"
     key = f"{router} before and class token behind the last {network.blocks} blocks"
     return backbone.with_features(["router_input", "behind"], compute, key)
 
@@ -311,17 +319,11 @@ class Objective:
         encode: pixels -> tokens before the first trained block, without gradient.
         tokens: of unmixed images, where they are kept; None computes them from the pixels.
         accuracy: epoch -> accuracy [C] of each class before it.
-        mixup: add the loss on mixed images, too.
-        dynamic: mix the less, the more accurate a class is, and let the larger share be the image's own; off, every
-            share is equally likely.
-        accuracy_weight: w of `beta_concentration`.
-        reg: "l2", "ls" (label smoothing) or "none", in the mixed loss.
-        reg_on: class token that "l2" keeps small, "pre_norm" or "post_norm".
-        reg_weight: factor of its mean square.
-        smoothing: of "ls".
+        mixing: Dynamic-beta Mixup, see `Mixing`; `reg_weight` as the factor of the mean square itself.
         seed: of all draws.
     """
 
+    @flat_options
     def __init__(
         self,
         network: MoFENetwork,
@@ -331,18 +333,11 @@ class Objective:
         *,
         tokens: Images | None = None,
         accuracy: Callable[[int], Tensor],
-        mixup: bool = True,
-        dynamic: bool = True,
-        accuracy_weight: float = 0.8,
-        reg: str = "l2",
-        reg_on: str = "pre_norm",
-        reg_weight: float = 0.1,
-        smoothing: float = 0.1,
+        mixing: Mixing = Mixing(),
         seed: int = 0,
     ) -> None:
         self.network, self.labels, self.pixels, self.encode, self.tokens = network, labels, pixels, encode, tokens
-        self.accuracy, self.mixup, self.dynamic, self.accuracy_weight = accuracy, mixup, dynamic, accuracy_weight
-        self.reg, self.reg_on, self.reg_weight, self.smoothing, self.seed = reg, reg_on, reg_weight, smoothing, seed
+        self.accuracy, self.mixing, self.seed = accuracy, mixing, seed
         heads, head = network.readout.heads, network.readout.global_head
         classes = 0 if head is None else len(head.weight)
         self.group = torch.zeros(classes).long() if heads is None else heads.group.cpu()
@@ -361,7 +356,7 @@ class Objective:
         pixels, mixed = self._pixels(rows, at, batch, epoch, draws)
         clean = self.encode(pixels) if self.tokens is None else self.tokens(rows, epoch)
         found = self._clean_losses(self.network.enter(clean), self.labels[rows], at, draws)
-        if self.mixup:
+        if self.mixing.mixup:
             found |= self._mixed_losses(*mixed, self._mixed_groups(batch, at, draws))
         return found
 
@@ -372,13 +367,13 @@ class Objective:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         labels = self.labels[batch]
         image, expert = draw_negatives(self.group[labels], generator)
-        if not self.mixup:
+        if not self.mixing.mixup:
             return _Draws(image, expert, torch.ones(len(batch)), torch.arange(len(batch)))
         partner = draw_partners(labels, generator)
-        weight = self.accuracy_weight if self.dynamic else 0
+        weight = self.mixing.accuracy_weight if self.mixing.dynamic else 0
         sigma = beta_concentration(self.accuracy(epoch), w=weight)[labels]
         lam = draw_lambda(sigma, np.random.default_rng(list(digest)))
-        lam = fold_lambda(lam) if self.dynamic else lam
+        lam = fold_lambda(lam) if self.mixing.dynamic else lam
         return _Draws(image, expert, lam.masked_fill(labels[partner] == labels, 1.0), partner)
 
     def _pixels(
@@ -386,7 +381,7 @@ class Objective:
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Pixels of the rows, where they are needed, and their mixes with targets; partners may be other processes'."""
         none = torch.empty(0)
-        if not self.mixup:
+        if not self.mixing.mixup:
             return (self.pixels(rows, epoch) if self.tokens is None else none), (none, none)
         partner = draws.partner[at]
         wanted = torch.cat([at, partner[~torch.isin(partner, at)].unique()])
@@ -434,11 +429,11 @@ class Objective:
         expert = torch.zeros_like(group) if self.shared else group
         behind = self.network.class_token(tokens, expert.to(tokens.device), self.network.router_logits(tokens))
         token = self.network.norm(behind)
-        smoothed = partial(mixup_loss, reg="ls" if self.reg == "ls" else "none", smoothing=self.smoothing)
+        smoothed = partial(mixup_loss, reg="ls" if self.mixing.reg == "ls" else "none", smoothing=self.mixing.smoothing)
         found = {"mixup": _unless_nan(smoothed, self._global(token), target.to(token))}
-        if self.reg == "l2":
-            features = behind if self.reg_on == "pre_norm" else token
-            found["reg"] = _unless_nan(partial(norm_regulariser, weight=self.reg_weight), features)
+        if self.mixing.reg == "l2":
+            features = behind if self.mixing.reg_on == "pre_norm" else token
+            found["reg"] = _unless_nan(partial(norm_regulariser, weight=self.mixing.reg_weight), features)
         return found
 
     def _global(self, token: Tensor) -> Tensor:
@@ -534,6 +529,7 @@ def _clip(parameters: Iterable[nn.Parameter], norm: float) -> None:
     nn.utils.clip_grad_norm_(parameters, norm)
 
 
+@flat_options
 def train_network(
     network: MoFENetwork,
     backbone: Backbone,
@@ -541,26 +537,12 @@ def train_network(
     found: Survey,
     *,
     head: str,
-    reg_weight: float,
-    reg_on: str,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    head_learning_rate: float,
-    weight_decay: float,
-    clip: float,
-    augment: bool,
-    crop_scale: float,
-    cache_limit: float,
-    seed: int,
-    checkpoint: str | Path | None,
-    resume: bool,
     recipe: Mapping[str, Any],
-    progress: bool | None,
-    workers: int = 0,
-    **losses: Any,
+    mixing: Mixing = Mixing(),
+    training: Training = Training(),
+    run: Run = Run(),
 ) -> list[dict[str, float]]:
-    """Train a network on images; see the detector for the options.
+    """Train a network on images.
 
     Args:
         network: changed in place, on the backbone's device.
@@ -568,35 +550,24 @@ def train_network(
         split: the images.
         found: of these images.
         head: that predicts, see `Readout.class_logits`.
-        reg_weight: for "pre_norm" in units of the class token's mean square at the start.
-        reg_on: see `Objective`.
-        epochs: passes over the images to train on.
-        batch_size: images per step, as many mixed ones beside them.
-        learning_rate: of the trained blocks and the norm.
-        head_learning_rate: of router and heads.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        augment: random crop and flip, new in every epoch.
-        crop_scale: smallest share of the image's area in a crop.
-        cache_limit: bytes of images and tokens that may be kept in memory.
-        seed: of order, views and draws.
-        checkpoint: see `train`.
-        resume: see `train`.
         recipe: see `train`.
-        progress: see `train`.
-        workers: processes that decode the views of the steps ahead.
-        **losses: of `Objective`.
+        mixing: with `reg_on="pre_norm"`, `reg_weight` is in units of the class token's mean square at the start.
+        training: how the experts learn; its `validation` has been used to split.
+        run: checkpoint, workers, progress.
 
     Returns:
         The history of `train`, with "validation_accuracy" and "token_norm" where there are validation images.
     """
     validation, kept = None, 0
     if len(split.held):
-        crops = Crops(split.part(split.held), backbone, tokens=True, limit=cache_limit, blocks=network.blocks)
+        crops = Crops(split.part(split.held), backbone, tokens=True, limit=training.cache_limit, blocks=network.blocks)
         validation, kept = Validation(network, crops, split.labels[split.held], head, found.accuracy), crops.bytes
-    source, scale = split.part(split.rows), (crop_scale, 1.0)
-    views = LiveViews(source, backbone.transform, scale=scale, seed=seed, workers=workers)
-    pixels, tokens = (views, None) if augment else _centre(backbone, split, cache_limit - kept, network.blocks)
+    source, scale = split.part(split.rows), (training.crop_scale, 1.0)
+    views = LiveViews(source, backbone.transform, scale=scale, seed=training.seed, workers=run.workers)
+    pixels, tokens = (
+        (views, None) if training.augment else _centre(backbone, split, training.cache_limit - kept, network.blocks)
+    )
+    unit = found.mean_square if mixing.reg_on == "pre_norm" else 1.0
     objective = Objective(
         network,
         split.labels[split.rows],
@@ -604,30 +575,28 @@ def train_network(
         partial(_prefix, backbone, network.blocks),
         tokens=tokens,
         accuracy=(lambda epoch: found.accuracy) if validation is None else validation.accuracy,
-        reg_on=reg_on,
-        reg_weight=reg_weight / found.mean_square if reg_on == "pre_norm" else reg_weight,
-        seed=seed,
-        **losses,
+        mixing=replace(mixing, reg_weight=mixing.reg_weight / unit),
+        seed=training.seed,
     )
     parameters = dict(network.named_parameters())
-    faster = head_learning_rate / learning_rate
-    optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay=weight_decay, lr_scale=faster))
-    optimizer.register_step_pre_hook(lambda *_: _clip(parameters.values(), clip))
+    faster = training.head_learning_rate / training.learning_rate
+    optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay=training.weight_decay, lr_scale=faster))
+    optimizer.register_step_pre_hook(lambda *_: _clip(parameters.values(), training.clip))
+    steps = -(-len(split.rows) // training.batch_size)
     return train(
         parameters,
         objective,
         size=len(split.rows),
-        epochs=epochs,
-        batch_size=batch_size,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
         optimizer=optimizer,
-        learning_rate=partial(schedule, peak=learning_rate, epochs=epochs, steps=-(-len(split.rows) // batch_size)),
-        per_step=True,
-        whole_batch=True,
-        before_epoch=views.prepare if augment else None,
-        after_epoch=None if validation is None else validation.figures,
-        seed=seed,
-        checkpoint=checkpoint,
-        resume=resume,
-        recipe=recipe,
-        progress=progress,
+        learning_rate=partial(schedule, peak=training.learning_rate, epochs=training.epochs, steps=steps),
+        in_epoch=Epochs(
+            per_step=True,
+            whole_batch=True,
+            before_epoch=views.prepare if training.augment else None,
+            after_epoch=None if validation is None else validation.figures,
+        ),
+        seed=training.seed,
+        **run.keeping(recipe),
     )

@@ -11,28 +11,17 @@ Li, Xiong, Chen & Chen, "SeTAR: out-of-distribution detection with selective low
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ood_core.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from ood_setar import functional
     from ood_setar.detectors import SeTAR
     from ood_setar.edit import SeTAREdit
-    from ood_setar.neg_label import NegLabel
 
 __version__ = "0.1.0"
 
-_HOMES = {"NegLabel": "neg_label", "SeTAR": "detectors", "SeTAREdit": "edit"}
-__all__ = ["NegLabel", "SeTAR", "SeTAREdit", "functional"]
+__all__ = ["SeTAR", "SeTAREdit", "functional"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return import_module("ood_setar.functional")
-    if name in _HOMES:
-        return getattr(import_module(f"ood_setar.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'ood_setar' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = imported_when_used(__name__, {"SeTAR": "detectors", "SeTAREdit": "edit", "functional": None})

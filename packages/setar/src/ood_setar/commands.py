@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from ood_core.cli.common import (
     print_table,
 )
 from ood_core.errors import UsageError, unknown_name
+from ood_core.options import option_names
 
 if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
@@ -187,7 +187,7 @@ _FLAGS = {"class_names": "--classes", "template": "--template", "seed": "--seed"
 def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
     """Class names, template, seed and the --param of a function."""
     given = parse_params(args.param)
-    known = inspect.signature(function).parameters.keys() - _SET_OTHERWISE
+    known = set(option_names(function, *_SET_OTHERWISE))
     for name in given:
         if name in _FLAGS:
             raise UsageError(f"--param {name}= is a flag of its own: give {_FLAGS[name]}.")

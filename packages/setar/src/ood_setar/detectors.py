@@ -144,7 +144,8 @@ class SeTAR(Detector):
         edit = search(backbone, images, log_file=log_file, **{n: getattr(self, n) for n in names}, **common)
         if self.finetune_epochs and any(edit.ratios.values()):
             common |= {"learning_rate": self.learning_rate, "batch_size": self.batch_size}
-            edit = finetune(backbone, images, edit, epochs=self.finetune_epochs, **common)
+            common["epochs"] = self.finetune_epochs
+            edit = finetune(backbone, images, edit, **common)
         self.use(edit)
         self._remember(open_source(images))
         return self

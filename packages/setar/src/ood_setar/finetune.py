@@ -18,13 +18,15 @@ from ood_core.data import load_batches, open_source
 from ood_core.data.augment import LiveViews
 from ood_core.data.sources import ImageSource
 from ood_core.errors import UsageError
-from ood_core.training import train
+from ood_core.options import flat_options
+from ood_core.training import Epochs, Keeping, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ood_setar.edit import SeTAREdit, draw
 from ood_setar.functional import loss_terms, split_low_rank
 from ood_setar.network import image_features, logits, text_features
+from ood_setar.options import Training
 from ood_setar.search import class_prompts, default_cells_k, label_images
 
 __all__ = ["Adapters", "finetune", "lora"]
@@ -139,6 +141,7 @@ def lora(backbone: Backbone, names: Sequence[str], *, rank: int = 32, alpha: flo
     )
 
 
+@flat_options
 def finetune(
     backbone: Backbone,
     images: Any,
@@ -148,15 +151,7 @@ def finetune(
     template: str = "a photo of a {}",
     ood_weight: float = 0.1,
     k: int | None = None,
-    epochs: int = 5,
-    batch_size: int = 100,
-    learning_rate: float = 0.01,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    crop_scale: float = 0.9,
-    jitter: float = 0.0,
-    augment: bool = True,
-    seed: int = 5,
+    training: Training = Training(),
     workers: int = 0,
     checkpoint: str | Path | None = None,
     resume: bool = True,
@@ -175,15 +170,7 @@ def finetune(
         template: prompt of a class.
         ood_weight: lambda of the loss.
         k: a cell is pseudo-OOD if its class is not among its k largest logits; None: 0.3 C, rounded.
-        epochs: passes over the images.
-        batch_size: images per step.
-        learning_rate: of SGD at the start; a cosine takes it to 0, step by step.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        crop_scale: smallest share of an image's area in an augmented view.
-        jitter: brightness, contrast and saturation of a view are changed by factors from 1 - jitter to 1 + jitter.
-        augment: random crop, flip and jitter in every epoch; off, every epoch sees the same pixels.
-        seed: of the order, the views and what stochastic depth drops.
+        training: rates, epochs, views, see `Training`.
         workers: processes that decode the views of the steps ahead.
         checkpoint: file that keeps the factors after every epoch.
         resume: go on from it.
@@ -206,31 +193,34 @@ def finetune(
     source = open_source(images)
     names, labels = label_images(backbone, source, class_names)
     k = default_cells_k(k, len(names))
-    adapters, depth = Adapters(backbone, edit), _TrainMode(backbone.model, seed)
+    adapters, depth = Adapters(backbone, edit), _TrainMode(backbone.model, training.seed)
     optimizer = torch.optim.SGD(
-        adapters.learned.values(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        adapters.learned.values(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
     )
     settings = {
         "template": template,
         "ood_weight": ood_weight,
         "k": k,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "crop_scale": crop_scale if augment else None,
-        "jitter": jitter if augment else None,
+        "epochs": training.epochs,
+        "batch_size": training.batch_size,
+        "learning_rate": training.learning_rate,
+        "momentum": training.momentum,
+        "weight_decay": training.weight_decay,
+        "crop_scale": training.crop_scale if training.augment else None,
+        "jitter": training.jitter if training.augment else None,
         "stochastic_depth": depth.rate,
-        "seed": seed,
+        "seed": training.seed,
         "class_names": names,
         "images": {"count": len(source), "fingerprint": source.fingerprint},
         "backbone": backbone.record(),
     }
     forward = _forward(backbone, class_prompts(template, names) if "prompts" in backbone.capabilities else None)
     pixels: LiveViews | _CentreCrops
-    if augment:
-        drawn: dict[str, Any] = {"scale": (crop_scale, 1.0), "seed": seed, "jitter": jitter}
+    if training.augment:
+        drawn: dict[str, Any] = {"scale": (training.crop_scale, 1.0), "seed": training.seed, "jitter": training.jitter}
         pixels = LiveViews(source, backbone.transform, workers=workers, **drawn)
     else:
         pixels = _CentreCrops(backbone, source, workers)
@@ -251,16 +241,13 @@ def finetune(
         adapters.learned,
         losses,
         size=len(source),
-        epochs=check.integer("epochs", epochs, 1, 2**31),
-        batch_size=check.integer("batch_size", batch_size, 1, 2**31),
+        epochs=training.epochs,
+        batch_size=training.batch_size,
         optimizer=optimizer,
-        learning_rate=lambda epoch: learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
-        per_step=True,
-        before_epoch=pixels.prepare,
-        seed=seed,
-        checkpoint=checkpoint,
-        resume=resume,
-        recipe=settings | {"ratios": edit.ratios, "scale": edit.scale, "start": start},
+        learning_rate=lambda epoch: training.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / training.epochs)),
+        in_epoch=Epochs(per_step=True, before_epoch=pixels.prepare),
+        seed=training.seed,
+        keeping=Keeping(checkpoint, resume, settings | {"ratios": edit.ratios, "scale": edit.scale, "start": start}),
         progress=progress,
     )
     record = edit.record | {"finetune": settings, "history": history}

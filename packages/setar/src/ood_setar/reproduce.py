@@ -42,6 +42,7 @@ from ood_core.detectors.base import Detector
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 from ood_core.evaluation import Evaluation, evaluate
 from ood_core.metrics import evaluate_scores
+from ood_core.options import option_names
 from ood_core.protocols import Protocol, find_protocol
 from ood_core.published import Beside, beside, zero_shot_beside
 from ood_core.runs import UsedImages, kept_runs, recipe, study_options
@@ -104,7 +105,10 @@ _CODE = tuple(
 )
 
 # What is not an option of a step: it comes from the protocol or the command line.
-_OWN = {"class_names", "template", "seed", "log_file", "resume", "checkpoint", "on_error", "workers", "progress"}
+_OWN = (
+    *("backbone", "images", "edit", "names", "class_names", "template", "seed", "self", "common"),
+    *("log_file", "resume", "checkpoint", "on_error", "workers", "progress"),
+)
 
 
 @dataclass(frozen=True)
@@ -587,7 +591,7 @@ def find_mistakes(number: int, bench: Bench, scores: Sequence[str]) -> None:
         UsageError: an option that no step has, or a classifier of other classes.
         MissingDataError: no images to search on.
     """
-    known = [*options_of(search), *options_of(finetune), *options_of(lora)]
+    known = [name for step in (search, finetune, lora) for name in option_names(step, *_OWN)]
     fixed = {score: _fixed(score) for score in scores}
     known += [option for name, _ in fixed.values() for option in detector_class(name).option_names()]
     known = [name for name in known if name not in _OWN]
@@ -631,14 +635,9 @@ def describe_options(bench: Bench) -> str:
     return f"{bench.backbone.spec} on {bench.protocol.title}: {source}; {given}"
 
 
-def options_of(function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Those of the options that a function has as keywords; without options, all of its own with their defaults."""
-    keywords = {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in _OWN
-    }
-    return keywords if options is None else {name: value for name, value in options.items() if name in keywords}
+def options_of(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a step has."""
+    return {name: options[name] for name in option_names(function, *_OWN) if name in options}
 
 
 # ---- what is kept

@@ -18,6 +18,7 @@ from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, UsageError, unknown_name
 from ood_core.files import write_atomically
 from ood_core.labels import check_class_names, label_table
+from ood_core.options import flat_options
 from ood_core.progress import progress_bar
 from ood_core.prompts import fill, resolve_templates
 from torch import Tensor
@@ -26,6 +27,7 @@ from ood_setar.edit import SeTAREdit, draw
 from ood_setar.functional import accept, compose, dropped_rank
 from ood_setar.network import Network
 from ood_setar.objective import Objective, Terms
+from ood_setar.options import KINDS, ORDERS, RATIOS, Candidates, Criterion, Passes
 
 __all__ = [
     "KINDS",
@@ -41,10 +43,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-ORDERS = ("visual_text", "text_visual", "visual_only", "text_only", "interleaved", "exhaustive")
-KINDS = ("query", "key", "value", "out", "up", "down", "projection")
 
 # float32 sums in another order differ by about this share of their value: closer candidates may swap places.
 _NEAR = 2e-6
@@ -94,26 +92,16 @@ class LabelledImages:
     failures: list[tuple[str, str]]
 
 
+@flat_options
 def search(
     backbone: Backbone,
     images: Any,
     *,
     class_names: Sequence[str] | None = None,
     template: str = "a photo of a {}",
-    kind: str = "up",
-    order: str | None = None,
-    include_projection: bool = False,
-    ratios: Sequence[float] = RATIOS,
-    drop: str = "minor",
-    objective: str = "loss",
-    scorer: str = "mcm",
-    ood_weight: float = 0.1,
-    k: int | None = None,
-    temperature: float | None = None,
-    loss_batch: int = 512,
-    seed: int = 5,
-    batch_size: int = 64,
-    memory: int = 4 << 30,
+    candidates: Candidates = Candidates(),
+    criterion: Criterion = Criterion(),
+    passes: Passes = Passes(),
     log_file: str | Path | None = None,
     resume: bool = True,
     on_error: str = "raise",
@@ -130,21 +118,9 @@ def search(
         images: about one labelled image per class or more (a source, a folder, ...).
         class_names: C names; None: those of the labels (of the classifier, for a backbone without texts).
         template: prompt of a class.
-        kind: of weight: "query", "key", "value", "out", "up", "down" or "projection".
-        order: "visual_text" (default; "visual_only" for classifiers), "text_visual", "visual_only", "text_only",
-            "interleaved" (a block of each tower in turn) or "exhaustive" (the best of all undecided weights first).
-        include_projection: try the tower's projection first, before its blocks.
-        ratios: candidates in [0, 1); 0, the weight as it is, is always among them.
-        drop: "minor", "principal" or "random" singular values.
-        objective: "loss", or "auroc", "aupr", "fpr95" of `scorer` between images and their pseudo-OOD cells.
-        scorer: "mcm", "gl_mcm" or "energy".
-        ood_weight: lambda, factor of the OOD part of the loss.
-        k: a cell is pseudo-OOD if its class is not among its k largest logits; None: 0.3 C, rounded.
-        temperature: of the scores; None: the logit scale, so that plain cosines are compared (1 for a classifier).
-        loss_batch: images that the loss pools its cells over, in the order of the source.
-        seed: of `drop="random"`.
-        batch_size: images per pass.
-        memory: bytes for kept activations, per tower; with less, more is computed again.
+        candidates: what is tried, in which order, see `Candidates`.
+        criterion: what is minimised, see `Criterion`.
+        passes: images per pass, memory, see `Passes`.
         log_file: JSON lines, one per candidate, read back by a search that resumes.
         resume: use what `log_file` holds.
         on_error: images that cannot be decoded: "raise", or "record" and leave them out.
@@ -166,29 +142,21 @@ def search(
         >>> edit.ratios["visual.3.up"]  # doctest: +SKIP
         0.1
     """
-    candidates = _candidates(ratios)
     backbone.require("blocks", "local")
     if backbone.edits:
         raise UsageError(f"Backbone {backbone.spec!r} is edited already: an edit belongs on the original weights.")
-    order = order or ("visual_text" if "prompts" in backbone.capabilities else "visual_only")
-    names = visiting_order(backbone.linears(), kind=kind, order=order, include_projection=include_projection)
-    _check_weights(backbone, names, candidates)
-    check.choice("drop", drop, ("minor", "principal", "random"))
-    data = load_labelled(backbone, images, class_names, batch_size=batch_size, on_error=on_error, workers=workers)
-    if temperature is None:
-        temperature = backbone.logit_scale if "prompts" in backbone.capabilities else 1.0
-    scored = Objective(
-        k=default_cells_k(k, len(data.class_names)),
-        name=objective,
-        weight=ood_weight,
-        batch=loss_batch,
-        scorer=scorer,
-        temperature=temperature,
-    )
+    prompted, kind, drop, seed = "prompts" in backbone.capabilities, candidates.kind, candidates.drop, candidates.seed
+    order, ratios = candidates.order or ("visual_text" if prompted else "visual_only"), list(candidates.ratios)
+    projection = candidates.include_projection
+    names = visiting_order(backbone.linears(), kind=kind, order=order, include_projection=projection)
+    _check_weights(backbone, names, ratios)
+    loading: dict[str, Any] = {"batch_size": passes.batch_size, "on_error": on_error, "workers": workers}
+    data = load_labelled(backbone, images, class_names, **loading)
+    scored = _objective(criterion, len(data.class_names), backbone.logit_scale if prompted else 1.0)
     settings = {
         "order": order,
         "kind": kind,
-        "ratios": candidates,
+        "ratios": ratios,
         "drop": drop,
         "seed": seed,
         "objective": asdict(scored),
@@ -198,10 +166,10 @@ def search(
         "backbone": backbone.record(),
     }
     run = _Run(
-        Trials(backbone, data, template, scored, drop, seed, batch_size=batch_size, memory=memory),
+        Trials(backbone, data, template, scored, drop, seed, batch_size=passes.batch_size, memory=passes.memory),
         _Log(log_file, settings, resume),
         scored,
-        candidates,
+        ratios,
     )
     walk = _exhaustive if order == "exhaustive" else _greedy
     total = len(names) * (len(names) + 1) // 2 if order == "exhaustive" else len(names)
@@ -338,13 +306,16 @@ def _labels(source: ImageSource, names: list[str]) -> Tensor:
     return labels
 
 
-def _candidates(ratios: Sequence[float]) -> list[float]:
-    found = sorted({0.0, *(float(ratio) for ratio in ratios)})
-    if wrong := [ratio for ratio in found if not 0 <= ratio < 1]:
-        raise ValueError(f"ratio={wrong[0]:g} is outside [0, 1): candidates are shares, 5 % is 0.05.")
-    if len(found) < 2:
-        raise ValueError("ratios holds nothing but 0: give shares of singular values to try, such as 0.1.")
-    return found
+def _objective(criterion: Criterion, classes: int, temperature: float) -> Objective:
+    """What is minimised, with this temperature where none is given."""
+    return Objective(
+        k=default_cells_k(criterion.k, classes),
+        name=criterion.objective,
+        weight=criterion.ood_weight,
+        batch=criterion.loss_batch,
+        scorer=criterion.scorer,
+        temperature=temperature if criterion.temperature is None else criterion.temperature,
+    )
 
 
 def default_cells_k(k: int | None, classes: int) -> int:

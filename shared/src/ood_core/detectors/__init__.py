@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ood_core.errors import unknown_name
 from ood_core.registry import DETECTORS, SAVED_DETECTORS
 
 if TYPE_CHECKING:
@@ -70,11 +69,7 @@ def create_detector(
         >>> create_detector("mcm", backbone="tiny", class_names=["dog", "cat"]).needs
         frozenset({'image'})
     """
-    kind = detector_class(name)
-    known = kind.option_names()
-    if unknown := [option for option in options if option not in known]:
-        raise unknown_name(f"option of {name!r}", unknown[0], known or ["none"])
-    detector = kind(class_names=class_names, template=template, **options)
+    detector = detector_class(name)(class_names=class_names, template=template, **options)
     if backbone is not None:
         detector.attach(backbone)
     return detector

@@ -5,7 +5,6 @@ Higher score = more in-distribution, everywhere.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from ood_core.detectors.given import (
 from ood_core.detectors.held import Held
 from ood_core.errors import DataError, NotFittedError, UsageError, unknown_name
 from ood_core.features import FeatureSet, content_keys, extract, stream
+from ood_core.options import expose, groups_of, option_names, owners
 from ood_core.prompts import text_features
 
 __all__ = ["Detector", "backbone_of", "leaves", "needs_of", "right_predictions"]
@@ -45,9 +45,9 @@ class Detector(ABC):
     """Base of all detectors.
 
     Subclasses name what they `need` from a backbone, take their options as keyword arguments of `__init__` (stored
-    under the same names) and implement `_score`; those that learn something implement `_fit` and keep tensors in
-    `self.state`, which is saved with them. What they hold of a backbone is in `held`, what they know of ID images in
-    `ood_core.calibration`, how they lie on a disk in `storage`.
+    under the same names; many of them in groups, see `ood_core.options`) and implement `_score`; those that learn
+    something implement `_fit` and keep tensors in `self.state`, which is saved with them. What they hold of a backbone
+    is in `held`, what they know of ID images in `ood_core.calibration`, how they lie on a disk in `storage`.
 
     Attributes:
         name: the name in the registry.
@@ -80,12 +80,19 @@ class Detector(ABC):
     least_classes: ClassVar[int] = 0
     members: Mapping[str, Detector] = MappingProxyType({})
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        expose(cls)
+
     def __init__(
         self,
         *,
         class_names: Sequence[str] | None = None,
         template: str | Sequence[str] | None = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise unknown_name(f"option of {self.name!r}", name, self.option_names() or ["none"])
         self._held = Held(self.name)
         self.class_names = by_name.check_class_names(class_names)
         self._check_class_count(len(self.class_names))
@@ -518,8 +525,8 @@ class Detector(ABC):
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """Names of the method's options: the parameters of `__init__` that are its own."""
-        return [name for name in inspect.signature(cls.__init__).parameters if name not in _COMMON]
+        """Names of the method's options: the parameters of `__init__` that are its own, groups by their options."""
+        return option_names(cls.__init__, *_COMMON)
 
     def get_params(self) -> dict[str, Any]:
         """The method's options by name."""
@@ -536,7 +543,8 @@ class Detector(ABC):
             if name not in current:
                 raise unknown_name(f"option of {self.name!r}", name, current)
         made = self._with_params({**current, **params})
-        for name in params:
+        group = owners(groups_of(type(self).__init__))
+        for name in {group.get(name, name) for name in params}:
             setattr(self, name, getattr(made, name))
         if self.fit_options & set(params):
             self.state, self.fitted_on = {}, None
@@ -603,7 +611,7 @@ class Detector(ABC):
 
 
 # Parameters of every detector's __init__ that are no options of its method.
-_COMMON = ("self", "class_names", "template", "common")
+_COMMON = ("self", "class_names", "template", "common", "unknown")
 
 
 def backbone_of(detector: Detector) -> Backbone:

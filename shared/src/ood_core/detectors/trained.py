@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,12 +19,14 @@ from ood_core.detectors.base import Detector, backbone_of
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
 from ood_core.files import json_writer
+from ood_core.options import Options
+from ood_core.training import Keeping
 
 __all__ = ["Run", "TrainedDetector", "described"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Options):
     """How a training runs, which changes nothing of what it learns; see `TrainedDetector.fit_images`."""
 
     checkpoint: str | Path | None = None
@@ -38,10 +40,9 @@ class Run:
         """For `extract`."""
         return {"cache": self.cache, "workers": self.workers, "progress": self.progress}
 
-    @property
-    def keeping(self) -> dict[str, Any]:
-        """For `ood_core.training.train`."""
-        return {"checkpoint": self.checkpoint, "resume": self.resume, "progress": self.progress}
+    def keeping(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """For `ood_core.training.train`, with everything that a training depends on."""
+        return {"keeping": Keeping(self.checkpoint, self.resume, recipe), "progress": self.progress}
 
 
 class TrainedDetector(Detector):

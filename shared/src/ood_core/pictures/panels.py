@@ -7,14 +7,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
-
-from ood_core.errors import UsageError
-from ood_core.files import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the first ones are those of the report.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#1b1f24")
@@ -53,30 +49,6 @@ def side_by_side(headline: str, panels: Sequence[Panel]) -> Image.Image:
             _write(draw, (left + indent, y), text, picture.width - indent, 14)
         left += picture.width + _GAP
     return page
-
-
-class Drawable:
-    """An explanation that can be drawn."""
-
-    def render(self) -> Image.Image:
-        """The picture."""
-        raise NotImplementedError
-
-    def draw(self, path: str | Path) -> Path:
-        """Write `render()` as a PNG file (atomic).
-
-        Returns:
-            `path`.
-
-        Raises:
-            UsageError: a file name that does not end in .png.
-        """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise UsageError(f"The picture is a PNG: {str(path)!r} must end in .png.")
-        picture = self.render()
-        write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
-        return path
 
 
 def verdict(is_ood: bool | None, score: float, threshold: float | None, predicted: str) -> str:

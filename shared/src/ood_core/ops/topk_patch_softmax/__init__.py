@@ -1,20 +1,16 @@
-"""Means of the k largest patch-to-class and class-to-patch probabilities: validation and choice of the backend."""
+"""Means of the k largest patch-to-class and class-to-patch probabilities: the arguments that every backend gets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from ood_core import check
-from ood_core.ops.topk_patch_softmax.reference import reference
-from ood_core.ops.topk_patch_softmax.torch import chunked
+from ood_core.ops.backend import implementation
 
 __all__ = ["PatchSoftmax", "topk_patch_softmax"]
-
-_BACKENDS = {"reference": reference, "torch": chunked}
 
 
 class PatchSoftmax(NamedTuple):
@@ -73,29 +69,7 @@ def topk_patch_softmax(
     for one in ks:
         check.integer("k", one, 1, local.shape[1] * len(text), "patches x classes")
     check.positive("temperature", temperature)
-    check.choice("backend", backend, (None, *_BACKENDS, "triton"))
-    match_all = _choose(backend, [given for given in (local, text, negatives) if given is not None])
-    matches = match_all(local, text, negatives, ks, temperature)
+    given = (tensor for tensor in (local, text, negatives) if tensor is not None)
+    form = implementation(__name__, backend, *given, gradients=False)
+    matches = form.match(local, text, negatives, ks, temperature)
     return PatchSoftmax(*(match[:, 0] if isinstance(k, int) else match for match in matches))
-
-
-def _choose(backend: str | None, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    on_gpu = tensors[0].is_cuda  # true of HIP devices, too
-    gradient = is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if backend is None:
-        backend = "triton" if on_gpu and not gradient and find_spec("triton") else "torch"
-    if backend != "triton":
-        return _BACKENDS[backend]
-    if not find_spec("triton"):
-        raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='torch'.")
-    if gradient:
-        raise ValueError("backend='triton' gives no gradients, but a tensor requires one: use backend='torch'.")
-    # Imported late: only this backend needs Triton, whose import takes a while.
-    from ood_core.ops.topk_patch_softmax.triton import compiled, tiled
-
-    if compiled() and not on_gpu:
-        raise ValueError(
-            f"backend='triton' needs tensors on a CUDA or HIP device, got {tensors[0].device}: move them, use "
-            "backend='torch', or start Python with TRITON_INTERPRET=1 to interpret the kernels on any device."
-        )
-    return tiled

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def reference(
+def match(
     local: Tensor, text: Tensor, negatives: Tensor | None, ks: list[int], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Image-to-text and text-to-image means, each [N, K] for the K values in `ks`."""

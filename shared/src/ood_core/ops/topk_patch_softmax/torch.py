@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 _SAFE = 40.0
 
 
-def chunked(
+def match(
     local: Tensor, text: Tensor, negatives: Tensor | None, ks: list[int], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Image-to-text and text-to-image means, each [N, K] for the K values in `ks`."""
@@ -28,12 +28,12 @@ def chunked(
     largest = local.norm(dim=-1).amax() * columns.norm(dim=-1).amax() / temperature
     sums = _safe_sums if local.device.type == "cpu" and largest < _SAFE else _stable_sums
     images = max(1, _CHUNK // (local.shape[1] * len(columns)))
-    parts = [_match(chunk, columns, len(text), ks, temperature, sums) for chunk in local.split(images)]
+    parts = [_match_chunk(chunk, columns, len(text), ks, temperature, sums) for chunk in local.split(images)]
     image_to_text, text_to_image = (torch.cat(part) for part in zip(*parts, strict=True))
     return image_to_text, text_to_image * (local.shape[1] / len(text))
 
 
-def _match(
+def _match_chunk(
     local: Tensor, columns: Tensor, classes: int, ks: list[int], temperature: float, sums: Sums
 ) -> tuple[Tensor, Tensor]:
     logits = (local.reshape(-1, local.shape[-1]) @ columns.T).view(*local.shape[:2], -1)

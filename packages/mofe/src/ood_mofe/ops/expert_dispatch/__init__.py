@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from types import ModuleType
-
 from ood_core import check
+from ood_core.ops.backend import implementation
 from torch import Tensor
 
-from ood_mofe.dispatch import reference as plain
-from ood_mofe.dispatch import torch as loop
 from ood_mofe.experts import StackedExperts
 
 __all__ = ["expert_class_token", "expert_tokens"]
-
-_BACKENDS = {"reference": plain, "torch": loop}
 
 
 def expert_tokens(tokens: Tensor, expert: Tensor, experts: StackedExperts, *, backend: str | None = None) -> Tensor:
@@ -44,8 +38,8 @@ def expert_tokens(tokens: Tensor, expert: Tensor, experts: StackedExperts, *, ba
         >>> expert_tokens(torch.randn(3, 65, 192), torch.tensor([0, 1, 1]), experts).shape
         torch.Size([3, 65, 192])
     """
-    tokens, expert = _checked(tokens, expert, experts, backend)
-    return _choose(backend, tokens).all_tokens(tokens, expert, experts)
+    tokens, expert = _checked(tokens, expert, experts)
+    return implementation(__name__, backend, tokens).all_tokens(tokens, expert, experts)
 
 
 def expert_class_token(
@@ -78,33 +72,13 @@ def expert_class_token(
         >>> expert_class_token(torch.randn(3, 65, 192), torch.tensor([0, 1, 1]), experts).shape
         torch.Size([3, 192])
     """
-    tokens, expert = _checked(tokens, expert, experts, backend)
-    return _choose(backend, tokens).class_token(tokens, expert, experts)
+    tokens, expert = _checked(tokens, expert, experts)
+    return implementation(__name__, backend, tokens).class_token(tokens, expert, experts)
 
 
-def _checked(tokens: Tensor, expert: Tensor, experts: StackedExperts, backend: str | None) -> tuple[Tensor, Tensor]:
-    check.choice("backend", backend, (None, *_BACKENDS, "triton"))
+def _checked(tokens: Tensor, expert: Tensor, experts: StackedExperts) -> tuple[Tensor, Tensor]:
     tokens, _ = check.tensors(tokens=(tokens, "B T D"), experts=(experts.norm1_weight, "E D"))
     expert = check.labels("expert", expert, len(tokens), len(experts))
     if expert.device != tokens.device:
         raise ValueError(f"expert is on {expert.device}, tokens are on {tokens.device}: move it there.")
     return tokens.to(experts.norm1_weight.dtype), expert
-
-
-def _choose(backend: str | None, tokens: Tensor) -> ModuleType:
-    on_gpu = tokens.is_cuda  # true of HIP devices, too
-    if backend is None:
-        backend = "triton" if on_gpu and find_spec("triton") else "torch"
-    if backend != "triton":
-        return _BACKENDS[backend]
-    if not find_spec("triton"):
-        raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='torch'.")
-    # Imported late: only this backend needs Triton, whose import takes a while.
-    from ood_mofe.dispatch import triton as kernels
-
-    if kernels.compiled() and not on_gpu:
-        raise ValueError(
-            f"backend='triton' needs tensors on a CUDA or HIP device, got {tokens.device}: move them, use "
-            "backend='torch', or start Python with TRITON_INTERPRET=1 to interpret the kernels on any device."
-        )
-    return kernels
