@@ -1,18 +1,11 @@
 """Settings of the tests across packages."""
 
-import os
-
 import pytest
-import torch
+from ood_core.testing.fixtures import one_thread
 
-# Without a GPU, kernels are interpreted. Triton decides this once, when first imported, and open_clip imports it.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def _alone(one_thread):
     """The sums of several threads differ in the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,46 +1,13 @@
 """Small images, features and backbones that several test files use."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-# Without a GPU, kernels are interpreted. Triton decides this once, when first imported, and open_clip imports it.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-
-from ood_core.backbones.open_clip import OpenCLIPBackbone
-from ood_core.backbones.transform import ImageTransform
-from ood_core.data import scenes
 from ood_core.features import FeatureSet
-from ood_core.tiny import ByteTokenizer, TinyConfig, build_model
+from ood_core.testing.fixtures import image_folder, small_backbone
 
-
-@pytest.fixture(scope="session")
-def small_backbone():
-    """A randomly initialised CLIP of the embedded architecture, a few kilobytes of weights."""
-    torch.manual_seed(0)
-    config = TinyConfig(
-        image_size=32,
-        width=16,
-        layers=2,
-        heads=2,
-        embed_dim=12,
-        stem=(4, 8),
-        text_width=16,
-        text_layers=2,
-        text_heads=2,
-    )
-    transform = ImageTransform(crop=(32, 32), resize=32)
-    return OpenCLIPBackbone(build_model(config), ByteTokenizer(), transform, spec="small")
-
-
-@pytest.fixture(scope="session")
-def image_folder(tmp_path_factory):
-    """Four classes of five 40-pixel images."""
-    made = scenes.render(scenes.ID_CLASSES[:4], 5, size=40)
-    return scenes.write_folder(made, tmp_path_factory.mktemp("images"))
+__all__ = ["image_folder", "small_backbone"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import DataError, UsageError
+from ood_core.testing import backbone_checks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models.eva import Eva
@@ -248,17 +249,20 @@ def test_dinov3_is_the_same_in_timm_and_transformers(gated, size):
         assert torch.equal(ours.linear(name).weight, theirs.linear(name).weight), name
 
 
-@pytest.mark.parametrize("make", [siglip, lambda: siglip("Siglip2"), dinov3])
-def test_blocks_are_their_parts_and_copies_are_independent(make):
-    backbone = TransformersBackbone(make(), SQUARE, spec="hf:test")
-    x = pixels()
-    with torch.no_grad():
-        tokens = backbone.embed(x)
-        for layer in backbone.layers():
-            before, tokens = tokens, layer(tokens)
-            same(layer.parts(before), tokens)
-        same(backbone.last_block(backbone.prefix(x)), tokens)
-    assert torch.equal(backbone.copy().encode_dense(x)[1], backbone.encode_dense(x)[1])
+BACKBONES = [
+    hf_backbone(siglip()),
+    hf_backbone(siglip("Siglip2")),
+    TransformersBackbone(dinov3(), SQUARE, spec="hf:dinov3"),
+]
+
+
+@pytest.mark.parametrize("check", [check for one in BACKBONES for check in backbone_checks(one)], ids=str)
+def test_conformance(check):
+    check()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_compiled_models_are_unwrapped(backbone):
     assert TransformersBackbone(torch.compile(backbone.model), SQUARE).fingerprint == backbone.fingerprint
 
 

@@ -1,5 +1,4 @@
 import copy
-import json
 import logging
 from dataclasses import replace
 
@@ -217,16 +216,6 @@ def test_the_eight_turns_are_the_symmetries_of_the_square(source):
 # ---- the detector
 
 
-def test_saved_and_loaded(trained, features, small_backbone, tmp_path):
-    trained.calibrate(features, allow_overlap=True)
-    trained.save_pretrained(tmp_path)
-    loaded = HVL.from_pretrained(tmp_path, backbone=small_backbone)
-    assert torch.equal(loaded.score_features(features), trained.score_features(features))
-    assert torch.equal(loaded.is_ood(features), trained.is_ood(features))
-    assert loaded.history == trained.history
-    assert json.loads((tmp_path / "config.json").read_text())["backbone"]["spec"] == "small"
-
-
 def test_one_evaluation_with_other_detectors(trained, small_backbone, source, tmp_path):
     mcm = create_detector("mcm", backbone=small_backbone, class_names=source.label_names)
     found = evaluate(
@@ -290,12 +279,6 @@ def test_features_of_another_pyramid_or_backbone_are_refused(small_backbone, tra
         hvl(trained.backbone, n=1)
 
 
-def test_fewer_than_two_classes(small_backbone, source):
-    one = source.subset(np.flatnonzero(source.labels == 0))
-    with pytest.raises(UsageError, match="at least two classes"):
-        hvl(small_backbone, class_names=[source.label_names[0]]).fit(one, progress=False)
-
-
 def test_a_class_without_images_and_one_with_a_single_image(small_backbone, features, caplog):
     with pytest.raises(DataError, match=r"No training image is of \['wart'\]"):
         hvl(small_backbone, class_names=[*features.label_names, "wart"]).fit(features)
@@ -303,13 +286,6 @@ def test_a_class_without_images_and_one_with_a_single_image(small_backbone, feat
         hvl(small_backbone).fit(features[[0, *range(5, 20)]])
     assert "one training image only" in caplog.text
     assert features.label_names[0] in caplog.text
-
-
-def test_unlabelled_and_unknown_images(small_backbone, features):
-    with pytest.raises(DataError, match="no labels"):
-        hvl(small_backbone).fit(replace(features, labels=None))
-    with pytest.raises(DataError, match="not among"):
-        hvl(small_backbone, class_names=["wart", "mole"]).fit(features)
 
 
 def test_before_the_fit_and_without_backbone(small_backbone, features):

@@ -334,10 +334,6 @@ def test_predictions_are_the_released_logits(fitted, features, monkeypatch):
     ]))  # fmt: skip
 
 
-def test_scoring_images_equals_scoring_their_features(fitted, features, image_folder):
-    torch.testing.assert_close(fitted.score(image_folder), fitted.score_features(features), rtol=1e-6, atol=1e-7)
-
-
 def test_before_fit(small_backbone, features):
     made = iim(small_backbone, class_names=CLASSES)
     for call in (made.score_features, made.components, made.predict, lambda _: made.variants()):
@@ -581,17 +577,6 @@ def test_images_without_labels(small_backbone, features):
     with pytest.raises(DataError, match="2 of the images to fit on have no label"):
         made.fit(replace(features, labels=some))
     assert not made.fitted
-
-
-def test_one_class(small_backbone, features):
-    only = replace(features[:5], label_names=CLASSES[:1], labels=torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(UsageError, match=r"needs at least two classes, got \['brick square'\]"):
-        iim(small_backbone).fit(only)
-
-
-def test_labels_that_are_no_class(small_backbone, features):
-    with pytest.raises(DataError, match=r"Labels \['striped star'\] are not among"):
-        iim(small_backbone, class_names=CLASSES[:3]).fit(features)
 
 
 @pytest.mark.parametrize("twin", ["dotted ring", "dotted_ring", " dotted ring"])

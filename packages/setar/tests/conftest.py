@@ -11,12 +11,15 @@ from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
 from ood_core.data import PILImages
+from ood_core.testing.fixtures import one_thread
 from ood_core.tiny import ByteTokenizer
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+
+__all__ = ["one_thread"]
 
 TOKENIZER = ByteTokenizer(context_length=32)
 SIDE = 32
@@ -148,12 +151,3 @@ def make():
     return SimpleNamespace(
         clip=clip, as_transformers=as_transformers, vit=vit, swin=swin, hf_swin=hf_swin, photos=photos
     )
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Tensors this small only wait for each other on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

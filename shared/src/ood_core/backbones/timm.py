@@ -206,6 +206,8 @@ class TimmBackbone(Backbone):
         return self.local_embedding(tokens)
 
     def save(self, folder: str | Path) -> str:
+        if not hasattr(self.network, "pretrained_cfg"):  # made by its class, of which timm writes no configuration
+            return super().save(folder)
         Path(folder).mkdir(parents=True, exist_ok=True)
         timm.models.save_for_hf(self.model, str(folder), safe_serialization=True)
         return f"Saved: load it as 'timm:local-dir:{folder}'."
