@@ -153,3 +153,8 @@ def test_a_detector_has_few_public_methods():
         and not properties & {ast.unparse(mark) for mark in node.decorator_list}
     ]
     assert len(methods) <= 15, methods
+
+
+def test_no_file_holds_two_detectors():
+    places = [place.partition(":")[0] for _, place in registered("ood.detectors")]
+    assert len(set(places)) == len(places)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from ood_core.detectors.base import Detector
 from ood_core.errors import NotFittedError, UsageError
 from ood_core.features import FeatureSet
-from ood_iim.detectors import SMCM
 from ood_iim.functional import s_mcm
+from ood_iim.s_mcm import SMCM
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
@@ -108,4 +108,4 @@ def test_entry_points_name_detectors_of_their_own_name():
         found = getattr(importlib.import_module(module), attribute)
         assert issubclass(found, Detector)
         assert found.name == name
-    assert entries["s_mcm"] == "ood_iim.detectors:SMCM"
+    assert entries["s_mcm"] == "ood_iim.s_mcm:SMCM"

@@ -8,8 +8,9 @@ from ood_core import create_backbone, create_detector, extract
 from ood_core.data import scenes
 from ood_core.errors import NotFittedError, UsageError
 from ood_core.pictures import panels
-from ood_iim.detectors import IIM, SMCM
+from ood_iim.detectors import IIM
 from ood_iim.explain import explain
+from ood_iim.s_mcm import SMCM
 from PIL import Image
 
 NAMES = ["striped star", "dotted ring"]

@@ -18,13 +18,14 @@ from ood_core.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from ood_iim import functional
-    from ood_iim.detectors import IIM, SMCM
+    from ood_iim.detectors import IIM
     from ood_iim.learner import PromptLearner
+    from ood_iim.s_mcm import SMCM
 
 __version__ = "0.1.0"
 
 __all__ = ["IIM", "SMCM", "PromptLearner", "functional"]
 
 __getattr__, __dir__ = imported_when_used(
-    __name__, {"IIM": "detectors", "SMCM": "detectors", "PromptLearner": "learner", "functional": None}
+    __name__, {"IIM": "detectors", "SMCM": "s_mcm", "PromptLearner": "learner", "functional": None}
 )

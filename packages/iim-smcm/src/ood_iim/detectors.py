@@ -1,4 +1,4 @@
-"""The detectors: S-MCM* without training, and IIM with learned prompts."""
+"""IIM: learned prompts with intra-image mining, scored with S-MCM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from ood_core import check
@@ -17,8 +17,8 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector, backbone_of
 from ood_core.detectors.mcm import MCM
 from ood_core.detectors.trained import Run, TrainedDetector
-from ood_core.detectors.zero_shot import ZeroShot, default_k
-from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
+from ood_core.detectors.zero_shot import default_k
+from ood_core.errors import NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.functional import mcm, released_image_to_text, unsaturated_match
 from ood_core.ops import topk_patch_softmax
@@ -29,54 +29,10 @@ from torch import Tensor
 
 from ood_iim import functional
 from ood_iim.learner import PromptLearner, learning_rate
-from ood_iim.options import Losses, Matching, Prompts, Scoring, Training
+from ood_iim.options import Losses, Prompts, Scoring, Training
+from ood_iim.released import released_tensors
 
-__all__ = ["IIM", "SMCM", "Components"]
-
-
-class SMCM(ZeroShot):
-    """Symmetric MCM without negatives (S-MCM*): global, patch-to-class and class-to-patch matches.
-
-    Args:
-        scoring: how matches become a score, see `Matching`.
-        **common: options of this group by their own names (`k=16`); and see `create_detector`.
-
-    Example:
-        >>> from ood_core import create_detector
-        >>> detector = create_detector("s_mcm", backbone="tiny", class_names=["dog", "cat"])  # doctest: +SKIP
-        >>> detector.score("photos/")  # doctest: +SKIP
-    """
-
-    name = "s_mcm"
-    capabilities = frozenset({"image", "local", "text"})
-
-    @flat_options
-    def __init__(self, *, scoring: Matching = Matching(), **common: Any) -> None:
-        super().__init__(**common)
-        self.scoring = scoring
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Image and local features."""
-        return frozenset({"image", "local"})
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        # Both are there: the base class has checked `needs`.
-        image, local = cast(Tensor, features.image), cast(Tensor, features.local)
-        text, k = self._text(features), default_k(self.scoring.k, local.shape[1])
-        options: dict[str, Any] = {"k": k, "temperature": self.scoring.temperature, "alpha": self.scoring.alpha}
-        score = functional.s_mcm(image, local, text, text, **options)
-        return unsaturated_match(score, image, local, text, **options)
-
-    def explain_image(self, image: Image.Image) -> Image.Image:
-        """The picture of `ood_iim.explain`.
-
-        Args:
-            image: of any size and mode.
-        """
-        from ood_iim.explain import explain
-
-        return explain(self, image).render()
+__all__ = ["IIM", "Components"]
 
 
 class Components(NamedTuple):
@@ -363,7 +319,7 @@ class IIM(TrainedDetector):
             DataError: a file without the three learned tensors, or one with objects that code of its own would make.
             UsageError: sizes that do not fit the class list or the backbone.
         """
-        tensors = _released_tensors(Path(path))
+        tensors = released_tensors(Path(path))
         contexts, negatives = tensors["context"], tensors["negative_context"]
         options |= {"negative_prompts": len(negatives), "context_length": contexts.shape[-2]}
         made = cls(class_names=class_names, **options)
@@ -395,41 +351,3 @@ class _Live:
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
         return self.backbone.encode(self.views(rows, epoch), {"local"})["local"]
-
-
-_RELEASED = {
-    "context": ("prompt_learner.local_ctx", 3),
-    "negative_context": ("prompt_learner.neg_ctx", 3),
-    "text_projection": ("text_encoder.text_projection", 2),
-}
-"""Our name -> theirs and the number of dimensions."""
-
-# The released code saves its schedule with its optimiser as objects beside the tensors, which PyTorch does not read
-# by itself. They are rebuilt from plain values, without code from the file, and dropped.
-_HARMLESS: list[Any] = [
-    torch.optim.lr_scheduler.CosineAnnealingLR,
-    torch.optim.SGD,
-    (lambda *default: {}, "collections.defaultdict"),
-    (dict, "builtins.dict"),
-]
-
-
-def _released_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise MissingDataError(
-            f"There is no checkpoint {path}: the released code writes prompt_learner/model.pth.tar-50."
-        )
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = " ".join(reason.partition(". ")[0].split())
-        raise DataError(f"{path} is no checkpoint of tensors only ({type(error).__name__}: {reason}).") from error
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    for key, dimensions in _RELEASED.values():
-        if not isinstance(state.get(key), Tensor) or state[key].ndim != dimensions:
-            raise DataError(
-                f"{path} is no checkpoint of the released IIM code: it has no {key!r} of {dimensions} dimensions."
-            )
-    return {name: state[key].float() for name, (key, _) in _RELEASED.items()}

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:  # they explain themselves by this module
-    from ood_iim.detectors import IIM, SMCM
+    from ood_iim.detectors import IIM
+    from ood_iim.s_mcm import SMCM
 
 __all__ = ["Explanation", "explain"]
 

@@ -51,7 +51,14 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
 """Name -> label -> options that differ from the defaults. Fig. 3 needs no training: `ood_iim.prototypes`."""
 
 # What computes figures here; `recipe` adds the core's part.
-_CODE = ("ood_iim.detectors", "ood_iim.functional", "ood_iim.learner", "ood_iim.options", "ood_iim.studies")
+_CODE = (
+    "ood_iim.detectors",
+    "ood_iim.functional",
+    "ood_iim.learner",
+    "ood_iim.options",
+    "ood_iim.s_mcm",
+    "ood_iim.studies",
+)
 
 
 @dataclass(frozen=True)
