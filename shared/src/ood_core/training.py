@@ -126,15 +126,10 @@ def train(
     described = json.loads(json.dumps({**settings, **learned, **(keeping.recipe or {})}))
     history: History = []
     if file is not None and keeping.resume and file.exists():
-        history = _restore(file, described, parameters, optimizer)
-        if len(history) > epochs:
-            raise UsageError(f"{file} holds {len(history)} epochs, more than the {epochs} asked for: remove it.")
+        history = _restore(file, described, parameters, optimizer, epochs)
     with progress_bar("epoch", epochs, len(history), False if rank else progress) as tell:
         for epoch in range(len(history), epochs):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            batches = list(torch.randperm(size, generator=generator).split(batch_size))
-            if in_epoch.drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
-                batches.pop()
+            batches = _batches(size, batch_size, seed * 1_000_003 + epoch, drop_last=in_epoch.drop_last)
             if in_epoch.before_epoch is not None:
                 in_epoch.before_epoch(epoch, [mine for rows in batches if len(mine := _share(rows, rank, world))])
             sums: dict[str, float] = {}
@@ -144,10 +139,7 @@ def train(
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 found = partial(losses, batch=rows) if in_epoch.whole_batch else losses
                 means = _step(parameters, found, optimizer, rows, epoch, rank, world)
-                if not all(map(_finite, means.values())):
-                    raise _diverged("loss", epoch, rate, means)
-                if broken := [name for name, value in parameters.items() if not value.isfinite().all()]:
-                    raise _diverged(f"parameter {broken[0]!r}", epoch, rate, means)
+                _check_finite(means, parameters, epoch, rate)
                 sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
             averages = {name: value / len(batches) for name, value in sums.items()}
             history.append(averages | {"loss": sum(averages.values()), "learning_rate": rate})
@@ -159,6 +151,14 @@ def train(
             if file is not None and world > 1:
                 dist.barrier()  # nobody reads the file before it is there
     return history
+
+
+def _batches(size: int, batch_size: int, seed: int, *, drop_last: bool) -> list[Tensor]:
+    """The shuffled rows of an epoch, batch by batch."""
+    batches = list(torch.randperm(size, generator=torch.Generator().manual_seed(seed)).split(batch_size))
+    if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
+        batches.pop()
+    return batches
 
 
 def _step(
@@ -214,10 +214,16 @@ def _finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-def _diverged(what: str, epoch: int, rate: float, losses: dict[str, float]) -> DataError:
-    return DataError(
-        f"The {what} is no longer finite in epoch {epoch + 1} ({losses}): lower the learning rate ({rate:g} now)."
-    )
+def _check_finite(losses: dict[str, float], parameters: Mapping[str, nn.Parameter], epoch: int, rate: float) -> None:
+    """Refuse to go on with a loss or parameter that is no number."""
+    broken = [f"parameter {name!r}" for name, value in parameters.items() if not value.isfinite().all()]
+    if not all(map(_finite, losses.values())):
+        broken.insert(0, "loss")
+    if broken:
+        raise DataError(
+            f"The {broken[0]} is no longer finite in epoch {epoch + 1} ({losses}): lower the learning rate "
+            f"({rate:g} now)."
+        )
 
 
 def _join_processes(device: torch.device) -> tuple[int, int]:
@@ -248,7 +254,11 @@ def _save(
 
 
 def _restore(
-    file: Path, recipe: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    file: Path,
+    recipe: dict[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
 ) -> History:
     try:
         with safe_open(file, "pt") as saved:
@@ -265,6 +275,8 @@ def _restore(
             f"{file} is of a training with other settings ({', '.join(changed[:5])}): remove it, or give another "
             "checkpoint file."
         )
+    if len(history) > epochs:
+        raise UsageError(f"{file} holds {len(history)} epochs, more than the {epochs} asked for: remove it.")
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(tensors[f"parameter.{name}"])
