@@ -6,13 +6,14 @@ __all__ = ["check_class_names", "label_table", "match_labels", "plain_name", "to
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ood_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def plain_name(name: str) -> str:
@@ -140,4 +141,6 @@ def label_table(label_names: Sequence[str], class_names: Sequence[str]) -> Tenso
         >>> label_table(["great_dane", "cat"], ["cat", "great dane"])
         tensor([ 1,  0, -1])
     """
+    import torch
+
     return torch.from_numpy(np.append(match_labels(label_names, class_names)[0], -1))
