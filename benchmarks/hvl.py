@@ -25,10 +25,9 @@ from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource
 from ood_core.evaluation import environment
 from ood_core.protocols.catalog import set_entry
-from ood_core.runs import Run, kept_runs
+from ood_core.reproduction.kept import Run, kept_runs
 from ood_hvl.layouts import Layout, Task
-from ood_hvl.reproduce import STUDIES
-from ood_hvl.runner import BASELINES, pyramid_features, run_layout, summarise
+from ood_hvl.reproduce import BASELINES, STUDIES, pyramid_features, run_layout, summarise
 from ood_mofe.runner import variants
 
 RESULT = Path(__file__).parent / "results" / "hvl.json"

@@ -27,7 +27,7 @@ from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector
 from ood_core.evaluation import environment
 from ood_core.protocols import find_protocol
-from ood_core.runs import UsedImages, kept_runs, recipe
+from ood_core.reproduction.kept import UsedImages, kept_runs, recipe
 from ood_mofe.functional import wordnet_groups
 from ood_mofe.partition import imagenet_edges
 from ood_mofe.plot import draw_features

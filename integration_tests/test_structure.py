@@ -139,3 +139,17 @@ def has_signature(taker):
         return bool(inspect.signature(taker))
     except ValueError:  # a type of C's
         return False
+
+
+def test_a_detector_has_few_public_methods():
+    tree = HOUSE.trees["ood_core.detectors.base"]
+    detector = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Detector")
+    properties = {"property", "staticmethod"}
+    methods = [
+        node.name
+        for node in detector.body
+        if isinstance(node, ast.FunctionDef)
+        and not node.name.startswith("_")
+        and not properties & {ast.unparse(mark) for mark in node.decorator_list}
+    ]
+    assert len(methods) <= 15, methods

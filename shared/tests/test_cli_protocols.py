@@ -188,8 +188,8 @@ def test_the_convention_is_the_protocol_s(imagenet, capsys):
 
 def test_a_zero_shot_accuracy_far_from_the_published_one_is_told(imagenet, monkeypatch, capsys):
     row = {"specs": ["tiny"], "templates": "photo", "accuracy": 99.0, "source": "a test"}
-    monkeypatch.setattr("ood_core.published._imagenet_rows", lambda: [row])
-    monkeypatch.setattr("ood_core.published.IMAGENET_CLASSES", 2)
+    monkeypatch.setattr("ood_core.reproduction.published._imagenet_rows", lambda: [row])
+    monkeypatch.setattr("ood_core.reproduction.published.IMAGENET_CLASSES", 2)
     argv = ["evaluate", "--protocol", "imagenet-1k", "--root", imagenet, "--out", imagenet / "out", "--json"]
     code, out, err = run(capsys, *argv, "--detector", "mcm", "msp", "gl_mcm")
     found = json.loads(out)

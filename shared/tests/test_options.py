@@ -6,7 +6,17 @@ import pytest
 from ood_core import check
 from ood_core.detectors.base import Detector
 from ood_core.errors import UsageError
-from ood_core.options import Options, flat_options, groups_of, integer, one_of, option, option_names, optional
+from ood_core.options import (
+    Options,
+    flat_options,
+    groups_of,
+    integer,
+    method_options,
+    one_of,
+    option,
+    option_names,
+    optional,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def test_unknown_names_get_the_nearest_ones(call, of):
 
 def test_names_are_flat_and_in_order():
     assert option_names(fit, "data") == ["epochs", "rate", "crop", "k", "form", "notes", "seed"]
-    assert Grouped.option_names() == option_names(fit, "data")
+    assert method_options(Grouped) == option_names(fit, "data")
     assert groups_of(fit) == {"training": Training(), "scoring": Scoring()}
 
 

@@ -3,25 +3,21 @@
 import json
 import re
 from importlib.resources import files
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 from ood_core import create_detector, extract
-from ood_core.cli.common import print_differences
 from ood_core.data import open_source
 from ood_core.detectors.base import right_predictions
-from ood_core.published import (
-    MARGIN,
-    Beside,
-    accuracy_beside,
-    beside,
-    difference_cells,
-    imagenet_accuracy,
-    legend,
-    zero_shot_beside,
-)
+from ood_core.errors import MissingDataError, UsageError
+from ood_core.protocols.sets import FoundSet
+from ood_core.reproduction.command import print_differences
+from ood_core.reproduction.published import accuracy_beside, imagenet_accuracy, zero_shot_beside
+from ood_core.reproduction.studies import Bench
+from ood_core.reproduction.tables import MARGIN, Beside, beside, difference_cells, figure_cell, legend, published_table
 
-ROWS = json.loads((files("ood_core.published") / "imagenet_zero_shot.json").read_text())["rows"]
+ROWS = json.loads((files("ood_core.reproduction") / "imagenet_zero_shot.json").read_text())["rows"]
 
 
 def test_only_what_both_have_is_compared():
@@ -93,10 +89,10 @@ def test_the_zero_shot_accuracy_is_measured_where_one_is_published(monkeypatch, 
     detector = create_detector("mcm", backbone=small_backbone, class_names=names)
     accuracy = right_predictions(detector, extract(small_backbone, source, {"image"})).float().mean().item()
     assert zero_shot_beside(small_backbone, source, names) == ({}, "")
-    monkeypatch.setattr("ood_core.published.IMAGENET_CLASSES", len(names))
+    monkeypatch.setattr("ood_core.reproduction.published.IMAGENET_CLASSES", len(names))
     assert zero_shot_beside(small_backbone, source, names) == ({}, "")  # nothing is published of it
     known = {"accuracy": 90.0, "templates": "imagenet", "source": "a table", "same_prompts": True}
-    monkeypatch.setattr("ood_core.published.imagenet_accuracy", lambda spec, template=None: known)
+    monkeypatch.setattr("ood_core.reproduction.published.imagenet_accuracy", lambda spec, template=None: known)
     record, sentence = zero_shot_beside(small_backbone, source, names, needs={"image", "local"})
     assert record["measured"] == pytest.approx(100 * accuracy)
     assert record["off"] == (abs(100 * accuracy - 90) > MARGIN)
@@ -119,3 +115,33 @@ def test_printed_differences_have_the_columns_that_are_there(capsys):
     assert "1 of 3 figures is more than 1.5 points" in printed.err
     print_differences([], ["SUN"], ["auroc"])
     assert capsys.readouterr().out == ""
+
+
+def test_a_papers_table_is_read_from_the_methods_package(tmp_path, monkeypatch):
+    folder = tmp_path / "some_method" / "published"
+    folder.mkdir(parents=True)
+    (tmp_path / "some_method/__init__.py").write_text("")
+    (folder / "table2.json").write_text('{"rows": []}')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert published_table("some_method", 2) == {"rows": []}
+    with pytest.raises(UsageError, match=r"Unknown table of the paper '3'.*2"):
+        published_table("some_method", 3)
+
+
+@pytest.mark.parametrize(
+    ("figures", "cell"),
+    [
+        (None, ""),
+        ({"fpr95": 30.0, "auroc": 92.5}, "30.00 / 92.50"),
+        ({"fpr95": 30.0, "fpr95_std": 0.5, "auroc": 92.5}, "30.00+-0.50 / 92.50"),
+    ],
+)
+def test_a_published_figure_has_its_deviation_where_there_is_one(figures, cell):
+    assert figure_cell(figures, apart="+-") == cell
+
+
+def test_a_bench_without_training_images_says_which_and_how_to_give_them(tmp_path, small_backbone):
+    found = FoundSet("train", None, 0, None, MissingDataError("train: none is here."))
+    protocol = SimpleNamespace(name="some-protocol", train=None, found=[found])
+    with pytest.raises(MissingDataError, match="some-protocol has no training images: --set train=DIR"):
+        Bench(protocol, small_backbone, tmp_path).train()

@@ -13,7 +13,9 @@ from ood_core.data.augment import Views
 from ood_core.data.joined import JoinedSources
 from ood_core.errors import UsageError
 from ood_core.features import FeatureSet
-from ood_core.runs import UsedImages, code_version, kept_runs, percent, recipe, spread, study_options
+from ood_core.reproduction.kept import UsedImages, code_version, kept_runs, recipe
+from ood_core.reproduction.studies import spread, study_options
+from ood_core.reproduction.tables import percent
 from PIL import Image
 
 RECIPE = {"seeds": (0, 1), "options": {"k": 5}}

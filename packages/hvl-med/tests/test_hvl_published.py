@@ -4,9 +4,9 @@ import doctest
 
 import pytest
 from ood_core.errors import UsageError
-from ood_hvl import _published
-from ood_hvl._published import published_table
+from ood_hvl import reproduce
 from ood_hvl.layouts import list_layouts
+from ood_hvl.reproduce import published_table
 
 METRICS = ("accuracy", "fpr95", "auroc")
 SPREADS = ("fpr95_std", "auroc_std")
@@ -110,4 +110,4 @@ def test_table_2_has_the_six_combinations_and_ends_with_the_method_of_table_1():
 
 
 def test_example():
-    assert doctest.testmod(_published) == (0, 1)
+    assert doctest.testmod(reproduce) == (0, 1)

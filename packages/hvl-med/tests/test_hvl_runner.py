@@ -11,14 +11,12 @@ from ood_core.data import ImageFolder, scenes
 from ood_core.detectors.base import right_predictions
 from ood_core.errors import UsageError
 from ood_core.metrics import auroc
-from ood_core.runs import spread
-from ood_hvl import runner as module
-from ood_hvl._published import published_table
+from ood_core.reproduction.studies import spread
+from ood_hvl import reproduce as module
 from ood_hvl.cli import main
 from ood_hvl.detectors import HVL
 from ood_hvl.layouts import leave_classes_out
-from ood_hvl.reproduce import PARTS
-from ood_hvl.runner import BASELINES, pyramid_features, run_layout, summarise
+from ood_hvl.reproduce import BASELINES, PARTS, published_table, pyramid_features, run_layout, summarise
 from PIL import Image
 
 TISSUES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")

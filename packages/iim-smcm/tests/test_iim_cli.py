@@ -12,10 +12,10 @@ import torch
 from ood_core import create_backbone
 from ood_core.data import scenes
 from ood_core.prompts import text_features
-from ood_iim import commands, plot
+from ood_iim import plot, reproduce
 from ood_iim.cli import main
-from ood_iim.commands import _compared, _published
 from ood_iim.prototypes import imagenet_halves, prototypes
+from ood_iim.reproduce import _compared, _published
 from ood_iim.studies import STUDIES, within_grid
 from PIL import Image
 
@@ -266,11 +266,11 @@ def test_what_a_study_varies_is_not_overridden(arguments, tmp_path, capsys, monk
 
 
 def test_the_preset_of_imagenet_100_holds_in_studies(monkeypatch):
-    monkeypatch.setattr(commands, "message", lambda text: None)
+    monkeypatch.setattr(reproduce, "message", lambda text: None)
 
     def settings(protocol, *given):
         args = argparse.Namespace(study="losses", protocol=protocol, param=list(given))
-        return commands._settings(args, None)
+        return reproduce._settings(args, None)
 
     for protocol, scale, negatives in (("imagenet-100", 0.65, "ignore"), ("imagenet-1k", None, None)):
         rows = settings(protocol)
@@ -289,7 +289,7 @@ def test_features_of_test_images_are_kept_for_the_next_trial(arguments, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "features").rglob("*.safetensors")} == kept
     assert main([*arguments, *FEW, "--seeds", "3", "--no-cache"]) == 0
     assert "kept in" not in capsys.readouterr().err.split("2:")[-1]
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setattr("ood_iim.reproduce.disk_usage", lambda folder: SimpleNamespace(free=10))
     assert main([*arguments, *FEW, "--seeds", "4"]) == 0
     assert "too much for its disk" in capsys.readouterr().err
 

@@ -86,7 +86,7 @@ def test_partition_of_given_groups_and_more_than_ten(data, tmp_path, capsys):
     given = ["--groups", file, "--cache", f"{data}/cache", "--json"]
     found = json.loads(run(capsys, "partition", f"{data}/train", *OPTIONS, *given).out)
     assert found == {"experts": 2, "groups": [sorted(NAMES)[:3], sorted(NAMES)[3:]], "out": None, "plot": None}
-    from ood_mofe.commands import _write_groups
+    from ood_mofe.cli import _write_groups
     from ood_mofe.partition import assign_groups
 
     names, group = [f"class, {i}" for i in range(12)], torch.arange(11, -1, -1)

@@ -5,9 +5,8 @@ import doctest
 import pytest
 from ood_core.errors import UsageError
 from ood_core.protocols import find_protocol, list_protocols
-from ood_mofe import _published
-from ood_mofe._published import published_table
-from ood_mofe.reproduce import TABLES
+from ood_mofe import reproduce
+from ood_mofe.reproduce import TABLES, published_table
 
 METRICS = ("fpr95", "auroc")
 SETS = ["iNaturalist", "Places", "SUN", "Texture"]
@@ -137,4 +136,4 @@ def test_columns_are_sets_of_the_protocols(tmp_path):
 
 
 def test_example():
-    assert doctest.testmod(_published) == (0, 1)
+    assert doctest.testmod(reproduce) == (0, 1)

@@ -149,7 +149,7 @@ def test_finished_runs_are_read_back_and_shared_by_tables(bench, protocol, backb
         Bench(moved, backbone, bench.out, **same).runs(Setting("mofe", "knn"))
     renamed = dataclasses.replace(protocol, class_names=["shark", *protocol.class_names[1:]])
     assert Bench(renamed, backbone, bench.out, **same).runs(Setting("mofe", "knn")) == first  # it knows wnids only
-    monkeypatch.setattr("ood_core.runs._digest_of_code", lambda sources: f"{len(sources)} others")
+    monkeypatch.setattr("ood_core.reproduction.kept._digest_of_code", lambda sources: f"{len(sources)} others")
     with pytest.raises(UsageError, match=r"code\.ood_core\.backbones was"):
         bench.runs(Setting("mofe", "knn"))
 

@@ -4,7 +4,7 @@ import pytest
 from ood_core.errors import UsageError
 from ood_core.protocols import list_protocols
 from ood_core.protocols.catalog import catalog
-from ood_setar._published import published_table
+from ood_setar.reproduce import published_table
 
 FAR = ["iNaturalist", "SUN", "Places", "Texture"]
 METRICS = ("fpr95", "auroc")

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from ood_core import create_backbone
+from ood_core import create_backbone, create_detector
 from ood_core.backbones.open_clip import OpenCLIPBackbone
 from ood_core.backbones.timm import TimmBackbone
 from ood_core.backbones.transform import ImageTransform
@@ -21,10 +21,10 @@ from ood_core.data import ImageFolder, open_source, scenes
 from ood_core.errors import MissingDataError, UsageError
 from ood_core.protocols import find_protocol
 from ood_core.scores import ScoreTable
-from ood_setar import _steps, reproduce
-from ood_setar._published import published_table
+from ood_setar import finetune, reproduce, search
 from ood_setar.cli import main
 from ood_setar.edit import SeTAREdit
+from ood_setar.reproduce import published_table
 from PIL import Image
 
 FAR = ["iNaturalist", "SUN", "Places", "Texture"]
@@ -111,8 +111,8 @@ def nothing_new(monkeypatch):
 
     def forbid(*allowed):
         for module, name in (
-            (_steps, "search"),
-            (_steps, "finetune"),
+            (search, "search"),
+            (finetune, "finetune"),
             (reproduce, "evaluate"),
             (reproduce, "accuracy"),
         ):
@@ -230,7 +230,7 @@ def test_the_edit_that_was_searched_is_kept_and_is_what_was_judged(table_1, out,
     assert (settings["objective"]["k"], settings["objective"]["weight"]) == (4, 0.1)
     assert (folder / "search.jsonl").is_file()
     backbone = edit.apply(create_backbone("tiny", dtype="float32"))
-    detector = reproduce.new_detector("mcm", backbone, VOC, "a photo of a {}", {})
+    detector = create_detector("mcm", backbone=backbone, class_names=VOC, template="a photo of a {}")
     expected = detector.score(ImageFolder(root / "OOD_COCO/test/images"), progress=False)
     found = ScoreTable.read(folder / "mcm+gl_mcm" / "scores.parquet").scores("mcm", "COCO")
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -277,8 +277,8 @@ def test_kept_runs_of_other_settings_or_images_are_refused(arguments, difference
 
 def test_changed_code_is_refused_too(table_1, run, nothing_new, monkeypatch):
     nothing_new()
-    monkeypatch.setattr(reproduce, "_CODE", (*reproduce._CODE, "ood_setar.lists"))
-    assert "code.ood_setar.lists was absent" in run(1, "--protocol", "setar-voc", code=2).err
+    monkeypatch.setattr(reproduce, "_CODE", (*reproduce._CODE, "ood_setar.plot"))
+    assert "code.ood_setar.plot was absent" in run(1, "--protocol", "setar-voc", code=2).err
 
 
 def test_what_figures_do_not_depend_on_computes_nothing_anew(table_1, run, root, tmp_path, nothing_new):
@@ -497,7 +497,7 @@ def test_an_edit_needs_no_training_images_and_is_of_one_protocol(run, root, tmp_
     protocol = find_protocol("setar-voc", root)
     edit = SeTAREdit({"visual.3.up": 0.5})
     bare = replace(protocol, train=None)
-    bench = reproduce.Bench(bare, create_backbone("tiny"), tmp_path, {}, "a {}", [3], {}, edit)
+    bench = reproduce.Bench(bare, create_backbone("tiny"), tmp_path, {}, "a {}", [3], {}, edit=edit)
     reproduce.find_mistakes(1, bench, ["mcm"])
     with pytest.raises(MissingDataError, match="has no training images"):
         reproduce.find_mistakes(2, bench, ["mcm"])
@@ -599,7 +599,7 @@ def test_a_classifier_is_judged_on_its_own_classes(model, make, root, tmp_path, 
     reproduce.find_mistakes(2, bench, scores)
     with pytest.raises(UsageError, match="tells 4 classes apart, setar-voc has 14"):
         reproduce.find_mistakes(2, other, scores)
-    rows = reproduce.reproduce(2, bench, scores, {})["rows"]
+    rows = reproduce.table_of(2, bench, scores, {})["rows"]
     assert [(row["score"], row["method"]) for row in rows if row["origin"] == "ours"][::2] == [
         (score, method) for score in scores for method in ("LoRA", "SeTAR+FT")
     ]

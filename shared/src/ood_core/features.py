@@ -22,8 +22,9 @@ from ood_core.data import load_batches, open_source
 from ood_core.data.sources import Images, ImageSource, short_hash
 from ood_core.errors import DataError, ImageError, UsageError
 from ood_core.files import write_atomically, write_json
+from ood_core.labels import match_labels
 
-__all__ = ["FeatureSet", "extract", "stream"]
+__all__ = ["FeatureSet", "extract", "label_table", "stream"]
 
 log = logging.getLogger(__name__)
 
@@ -322,6 +323,23 @@ def _feature_set(backbone: Backbone, source: ImageSource, fingerprint: str, rows
         extra={name: value for name, value in shard.tensors.items() if name not in own},
         **own,
     )
+
+
+def label_table(label_names: Sequence[str], class_names: Sequence[str]) -> Tensor:
+    """`ood_core.labels.match_labels` as a tensor to be indexed by labels, of which -1 is none.
+
+    Args:
+        label_names: L names.
+        class_names: C names.
+
+    Returns:
+        int64 [L + 1]: the position in `class_names` or -1; the last is -1.
+
+    Example:
+        >>> label_table(["great_dane", "cat"], ["cat", "great dane"])
+        tensor([ 1,  0, -1])
+    """
+    return torch.from_numpy(np.append(match_labels(label_names, class_names)[0], -1))
 
 
 def content_keys(images: FeatureSet | ImageSource) -> Tensor:

@@ -423,11 +423,6 @@ class Fusion(Detector):
 
     # ---- options and storage
 
-    @classmethod
-    def option_names(cls) -> list[str]:
-        """All but the members."""
-        return ["normalize", "combine", "weights"]
-
     def set_params(self, **params: Any) -> Self:
         """Change options; the threshold is dropped, and what stacking learned.
 

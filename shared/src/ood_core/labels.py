@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["check_class_names", "label_table", "match_labels", "plain_name", "told_apart"]
+__all__ = ["check_class_names", "match_labels", "plain_name", "told_apart"]
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ood_core.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def plain_name(name: str) -> str:
@@ -125,22 +122,3 @@ def match_labels(label_names: Sequence[str], class_names: Sequence[str]) -> tupl
     known = {plain_name(name): position for position, name in reversed([*enumerate(class_names)])}
     mapping = np.array([known.get(plain_name(name), -1) for name in label_names], np.int64)
     return mapping, [name for name, position in zip(label_names, mapping, strict=True) if position < 0]
-
-
-def label_table(label_names: Sequence[str], class_names: Sequence[str]) -> Tensor:
-    """`match_labels` as a tensor to be indexed by labels, of which -1 is none.
-
-    Args:
-        label_names: L names.
-        class_names: C names.
-
-    Returns:
-        int64 [L + 1]: the position in `class_names` or -1; the last is -1.
-
-    Example:
-        >>> label_table(["great_dane", "cat"], ["cat", "great dane"])
-        tensor([ 1,  0, -1])
-    """
-    import torch
-
-    return torch.from_numpy(np.append(match_labels(label_names, class_names)[0], -1))

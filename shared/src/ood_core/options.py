@@ -35,6 +35,7 @@ __all__ = [
     "flat_options",
     "groups_of",
     "integer",
+    "method_options",
     "one_of",
     "option",
     "option_names",
@@ -107,6 +108,21 @@ def option_names(function: Callable[..., Any], *others: str) -> list[str]:
 
 def _names(group: Options) -> list[str]:
     return [one.name for one in fields(group)]
+
+
+# Parameters of a detector's `__init__` that are no options of its method.
+_COMMON = ("self", "class_names", "template", "members", "common", "unknown")
+
+
+def method_options(detector: type) -> list[str]:
+    """Names of a method's options: the parameters of its detector that are its own, groups by their options.
+
+    Example:
+        >>> from ood_core.detectors.knn import KNN
+        >>> method_options(KNN)
+        ['k']
+    """
+    return option_names(detector.__init__, *_COMMON)  # type: ignore[misc]
 
 
 def owners(groups: Mapping[str, Options]) -> dict[str, str]:

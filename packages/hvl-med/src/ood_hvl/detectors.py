@@ -19,7 +19,7 @@ from ood_core.detectors.held import Held
 from ood_core.detectors.trained import Run, TrainedDetector
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet, extract
-from ood_core.options import flat_options
+from ood_core.options import flat_options, method_options
 from ood_core.prompts import fill, resolve_templates
 from ood_core.training import train
 from PIL import Image
@@ -87,7 +87,7 @@ class HVL(TrainedDetector):
     @property
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """All but those of the score and of the memory."""
-        return frozenset(self.option_names()) - {"patch_mean", "encode_chunk"}
+        return frozenset(method_options(type(self))) - {"patch_mean", "encode_chunk"}
 
     # ---- backbone
 

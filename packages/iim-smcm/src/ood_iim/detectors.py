@@ -22,7 +22,7 @@ from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageEr
 from ood_core.features import FeatureSet, extract
 from ood_core.functional import mcm, released_image_to_text, unsaturated_match
 from ood_core.ops import topk_patch_softmax
-from ood_core.options import flat_options
+from ood_core.options import flat_options, method_options
 from ood_core.training import Epochs, train
 from PIL import Image
 from torch import Tensor
@@ -169,7 +169,7 @@ class IIM(TrainedDetector):
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """All but those of the score and of the memory."""
         others = {"k", "temperature", "alpha", "negatives", "form", "max_prompt_batch"}
-        return frozenset(self.option_names()) - others
+        return frozenset(method_options(type(self))) - others
 
     # ---- training
 

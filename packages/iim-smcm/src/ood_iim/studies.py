@@ -19,7 +19,7 @@ from ood_core.detectors.base import backbone_of
 from ood_core.evaluation import evaluate
 from ood_core.features import FeatureSet, extract, stream
 from ood_core.metrics import evaluate_scores
-from ood_core.runs import UsedImages, kept_runs, recipe
+from ood_core.reproduction.kept import UsedImages, kept_runs, recipe
 
 from ood_iim.detectors import IIM
 

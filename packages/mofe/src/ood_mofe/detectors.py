@@ -21,7 +21,7 @@ from ood_core.detectors.held import Held
 from ood_core.detectors.trained import Run, TrainedDetector, described
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
-from ood_core.options import flat_options
+from ood_core.options import flat_options, method_options
 from ood_core.prompts import text_features
 from PIL import Image
 from torch import Tensor
@@ -136,7 +136,7 @@ class MoFE(TrainedDetector):
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """Everything but what only the score depends on."""
         texts = {"texts"} if self.scoring.classifier == "linear" else set()
-        return frozenset(self.option_names()) - {"scorer", "k", "bank", "head", "cache_limit"} - texts
+        return frozenset(method_options(type(self))) - {"scorer", "k", "bank", "head", "cache_limit"} - texts
 
     @property
     def _has_heads(self) -> bool:

@@ -14,23 +14,22 @@ from ood_core.cli.common import (
     message,
     parse_pairs,
     parse_params,
-    print_differences,
     print_json,
     print_table,
 )
-from ood_core.cli.methods import show_found
 from ood_core.errors import UsageError, unknown_name
 from ood_core.pictures.plots import new_figure
 from ood_core.protocols import find_protocol, inspect_protocol, summarise_protocol
-from ood_core.published import Beside, beside, zero_shot_beside
-from ood_core.runs import percent, study_options
+from ood_core.reproduction import tables
+from ood_core.reproduction.command import print_differences, show_found
+from ood_core.reproduction.studies import study_options
+from ood_core.reproduction.tables import Beside, beside, figure_cell, percent
 
-from ood_mofe._published import published_table
 from ood_mofe.plot import draw_classes
 from ood_mofe.runner import KS, Bench, Setting, summarise
 from ood_mofe.studies import class_figures, every_class, extremes, fine_grained, fine_labels, pilot
 
-__all__ = ["STUDIES", "TABLES", "reproduce"]
+__all__ = ["STUDIES", "TABLES", "published_table", "reproduce"]
 
 
 _ELSEWHERE = {
@@ -122,6 +121,27 @@ _CAVEATS = {
 }
 
 
+def published_table(number: int) -> dict[str, Any]:
+    """A table of the paper: where it comes from, its ID set, what to know of it, and its rows.
+
+    Figures are in percent. Rows have a `method` and its `average` over the OOD sets (`fpr95` and `auroc`); those of
+    Tables 1 and 2 also a `backbone`, the figures of all `sets` and the `accuracy`, and `inconsistent_averages` lists
+    those that follow from their columns neither rounded nor cut off. Table 4 has the `gain` in average FPR95 only.
+
+    Args:
+        number: 1 and 2 the paper's methods on ImageNet-1k and ImageNet-100, 3 the method's parts, 4 number of experts,
+            5 grouping of the classes, 6 parts of the mixup.
+
+    Raises:
+        UsageError: another number.
+
+    Example:
+        >>> published_table(3)["rows"][-1]
+        {'method': 'both', 'average': {'fpr95': 17.01, 'auroc': 95.89}}
+    """
+    return tables.published_table("ood_mofe", number)
+
+
 def reproduce(args: argparse.Namespace) -> None:
     """Run a table or a study of the paper."""
     _check_study(args)
@@ -141,8 +161,7 @@ def reproduce(args: argparse.Namespace) -> None:
         for setting in settings.values():
             one.check(setting)
     said = _said(args, bench, settings, number)
-    names, test = bench.protocol.class_names, bench.protocol.test
-    zero_shot, sentence = zero_shot_beside(bench.backbone, test, names, **bench.extraction)
+    zero_shot, sentence = bench.zero_shot()
     said += [sentence] if sentence else []
     results = _of_study(args, benches, settings) if args.study else _results(bench, settings)
     if number == 4:
@@ -367,6 +386,5 @@ def _norm(row: Mapping[str, Any]) -> str:
 
 def _theirs(row: Mapping[str, Any], sets: list[str]) -> list[str]:
     figures = [row.get("sets", {}).get(name) for name in sets] + [row.get("average")]
-    cells = ["" if f is None else f"{f['fpr95']:.2f} / {f['auroc']:.2f}" for f in figures]
     last = [f"{row[name]:.2f}" if name in row else "" for name in ("accuracy", "gain")]
-    return [f"published on {row['backbone']}: {row['method']}", *cells, *last, ""]
+    return [f"published on {row['backbone']}: {row['method']}", *map(figure_cell, figures), *last, ""]

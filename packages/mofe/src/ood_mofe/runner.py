@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ood_core.backbones.base import Backbone
 from ood_core.detectors import create_detector
 from ood_core.detectors.base import Detector
 from ood_core.detectors.linear_probe import LinearProbe
-from ood_core.errors import MissingDataError
 from ood_core.evaluation import evaluate, fit_detectors
-from ood_core.protocols import Protocol
-from ood_core.runs import Run, UsedImages, kept_runs, recipe, spread
+from ood_core.reproduction import studies
+from ood_core.reproduction.kept import Run, kept_runs
+from ood_core.reproduction.studies import spread
 from ood_core.scores import ScoreTable
 
 from ood_mofe.detectors import MoFE
@@ -91,30 +89,14 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A backbone on a benchmark.
+class Bench(studies.Bench):
+    """A backbone on a benchmark; `params` are of every MoFE, behind those of a setting and before the benchmark's.
 
     Attributes:
-        protocol: the images.
-        backbone: frozen.
-        out: folder of all figures.
-        params: options of every MoFE, behind those of a setting and before the benchmark's.
-        seeds: of what is trained.
-        extraction: for `extract`.
-        convention: of the FPR.
         keep: save every trained detector, too.
-        say: tells a person what is being done.
     """
 
-    protocol: Protocol
-    backbone: Backbone
-    out: Path
-    params: Mapping[str, Any] = field(default_factory=dict)
-    seeds: Sequence[int] = (0, 1, 2)
-    extraction: Mapping[str, Any] = field(default_factory=dict)
-    convention: str = "standard"
     keep: bool = False
-    say: Callable[[str], None] = lambda text: None
 
     def runs(self, setting: Setting) -> list[Run]:
         """A mapping per seed and score of the setting's training, all scores included.
@@ -138,9 +120,7 @@ class Bench:
         detector = self._made(setting, None)
         if isinstance(detector, MoFE):
             check_groups(detector)
-        if self.protocol.train is None:
-            (error,) = (row.error for row in self.protocol.found if row.name == "train")
-            raise MissingDataError(f"{self.protocol.name} has no training images: --set train=DIR. {error}")
+        self.train()
 
     def _seeds(self, setting: Setting) -> Sequence[int | None]:
         return self.seeds if setting.detector == "mofe" else (None,)
@@ -193,25 +173,16 @@ class Bench:
         """Named after what differs, so that tables share trainings."""
         usual = {**MoFE().get_params(), **self._common} if setting.detector == "mofe" else {}
         other = [f"{name}={value}" for name, value in setting.options.items() if usual.get(name) != value]
-        backbone = re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.backbone.spec)
-        return self.out / self.protocol.name / backbone / ",".join([setting.detector, *other])
-
-    @cached_property
-    def _images(self) -> dict[str, UsedImages]:
-        """All sets, whose bytes are read once for all recipes."""
-        sets = {"train": self.protocol.train, "test": self.protocol.test, **self.protocol.ood}
-        return {name: UsedImages(source) for name, source in sets.items() if source is not None}
+        return self.folder / ",".join([setting.detector, *other])
 
     def _recipe(self, detector: Detector) -> dict[str, Any]:
         """Everything that the figures of a detector rest on."""
         options = detector.get_params()
-        return recipe(
-            self.backbone,
-            self._images,
-            detector.class_names or self.protocol.class_names,
+        return self.recipe(
+            {"train": self.protocol.train, "test": self.protocol.test, **self.protocol.ood},
+            detector.class_names,
             code=_CODE if isinstance(detector, MoFE) else _CODE[:1],
             template=detector.template or detector.default_template,
-            convention=self.convention,
             options=options,
             detector=detector.name,
             files=_digests(options),

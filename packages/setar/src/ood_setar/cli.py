@@ -8,18 +8,26 @@ from typing import Any
 
 from ood_core.cli.common import (
     add_backbone_arguments,
+    add_class_arguments,
     add_command,
     add_evaluation_arguments,
-    add_extraction_arguments,
+    add_json_argument,
+    add_param_argument,
+    add_reading_arguments,
+    add_shots_argument,
     add_source_arguments,
     add_workers_argument,
+    command_parser,
     default_workers,
     run,
 )
+from ood_core.reproduction.command import add_reproduce
 
 from ood_setar import __version__, commands
 
 __all__ = ["main"]
+
+_TEMPLATE = "a photo of a {}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ood-setar",
-        description="SeTAR: selective low-rank approximation of a pretrained model's weights for out-of-distribution "
-        "detection (NeurIPS 2024). A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a "
-        "column path) or FILE.parquet[:split].",
+    parser, verbs = command_parser(
+        "ood-setar",
+        f"ood-setar {__version__}",
+        "SeTAR: selective low-rank approximation of a pretrained model's weights for out-of-distribution detection "
+        "(NeurIPS 2024).",
     )
-    parser.add_argument("--version", action="version", version=f"ood-setar {__version__}")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
     search = add_command(verbs, "search", commands.search, "find the weights to truncate on labelled ID images")
     search.add_argument("source", metavar="SOURCE", help="labelled ID images, about one per class or more")
@@ -61,28 +67,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_evaluation_arguments(evaluate, required=False)
     evaluate.add_argument("--classify", metavar="LABELS.json", help="accuracy on --id by these labels instead")
-    evaluate.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help="option of the detectors")
-    _add_class_arguments(evaluate, template=None)
+    add_param_argument(evaluate, "option of the detectors")
+    add_class_arguments(evaluate)
     evaluate.add_argument("--out", metavar="DIR", help="for results.json, scores.parquet and report.html")
-    add_backbone_arguments(evaluate, default=None)
-    add_extraction_arguments(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    add_reading_arguments(evaluate, backbone=None)
 
     show = add_command(verbs, "show", commands.show, "print and plot what an edit drops and how its search went")
     show.add_argument("edit", metavar="DIR", help="a saved edit, or a config_best.json of the released code")
     show.add_argument("--out", metavar="FILE.png", help="picture to write")
-    show.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    add_json_argument(show)
 
-    reproduce = add_command(
-        verbs, "reproduce", commands.reproduce, "run a table of the paper on your data, beside what was published"
-    )
-    _add_reproduction_arguments(reproduce)
+    _add_reproduce(verbs)
     return parser
 
 
-def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
-    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    parser.add_argument("--root", metavar="DIR", required=True, help="data as the official code expects it")
+def _add_reproduce(verbs: Any) -> None:
+    parser = add_reproduce(
+        verbs,
+        "ood_setar",
+        "run a table of the paper on your data, beside what was published",
+        seeds=(3, 4, 5),
+        backbone="open_clip:ViT-B-16/openai",
+        dtype="float32",
+    )
     parser.add_argument("--table", type=int, choices=(1, 2, 3, 4), required=True, help="4 is of accuracies")
     parser.add_argument(
         "--protocol",
@@ -93,43 +100,27 @@ def _add_reproduction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", metavar="NAME", nargs="+", help="default: the table's for the backbone; NAME@T is at temperature T"
     )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[3, 4, 5], metavar="S", help="of what is trained (default: 3 4 5)"
-    )
     parser.add_argument("--edit", metavar="DIR", help="searched elsewhere (or a released config_best.json): no search")
-    parser.add_argument("--labels", metavar="NAME=FILE", help="labels of an image set, for table 4", **several)
-    parser.add_argument("--set", dest="overrides", metavar="NAME=DIR", help="other folder of an image set", **several)
     parser.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", default=[], help="option of every step that has it"
+        "--labels",
+        metavar="NAME=FILE",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="labels of an image set, for table 4",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what is found and what is missing")
-    parser.add_argument(
-        "--out", metavar="DIR", default="reproduce-setar", help="models and figures; those that are there stay"
-    )
-    _add_class_arguments(parser)
-    add_backbone_arguments(parser, default="open_clip:ViT-B-16/openai", dtype="float32")
-    add_extraction_arguments(parser)
-    parser.set_defaults(workers=default_workers())
-    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    add_class_arguments(parser, _TEMPLATE, repr(_TEMPLATE))
 
 
 def _add_making_arguments(parser: argparse.ArgumentParser, function: str) -> None:
-    _add_class_arguments(parser)
-    parser.add_argument("--shots", type=int, metavar="N", help="images per class, drawn with --seed (default: all)")
+    add_class_arguments(parser, _TEMPLATE, repr(_TEMPLATE))
+    add_shots_argument(parser)
     parser.add_argument("--seed", type=int, default=5, help="of the draw and all that is random (default: 5)")
-    parser.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", default=[], help=f"option of {function} (see README)"
-    )
+    add_param_argument(parser, f"option of {function} (see README)")
     add_backbone_arguments(parser, dtype="float32")  # rounded weights have other singular values
     add_workers_argument(parser, default_workers())
     add_source_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
-
-
-def _add_class_arguments(parser: argparse.ArgumentParser, *, template: str | None = "a photo of a {}") -> None:
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-    default = "the detector's own" if template is None else repr(template)
-    parser.add_argument("--template", metavar="T", default=template, help=f"prompt (default: {default})")
+    add_json_argument(parser)
 
 
 def _add_edit_argument(parser: argparse.ArgumentParser) -> None:

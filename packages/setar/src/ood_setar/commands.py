@@ -3,53 +3,58 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ood_core.cli import commands as core
 from ood_core.cli.common import (
+    class_names_of,
     extraction_options,
     given_class_names,
     load_backbone,
     message,
     named_sources,
     open_given,
-    parse_pairs,
     parse_params,
-    print_differences,
     print_json,
     print_table,
+    training_images,
 )
 from ood_core.errors import UsageError, unknown_name
-from ood_core.options import option_names
 
 if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
     from ood_core.data.sources import ImageSource
-    from ood_core.protocols import FoundSet
+    from ood_core.evaluation import Evaluation
 
     from ood_setar.edit import SeTAREdit
 
 
 def search(args: argparse.Namespace) -> None:
     """Search, save the edit beside its log."""
-    from ood_setar._steps import search_in
     from ood_setar.search import search as find
+    from ood_setar.search import search_in
 
     options = _options(args, find)
-    _tell(args, search_in(args.out, load_backbone(args), _training_images(args), **options))
+    _tell(
+        args, search_in(args.out, load_backbone(args), training_images(args, open_given(args, args.source)), **options)
+    )
 
 
 def finetune(args: argparse.Namespace) -> None:
     """Train what a search dropped, or LoRA."""
-    from ood_setar._steps import lora_start, train_in
     from ood_setar.edit import SeTAREdit
     from ood_setar.finetune import finetune as train
+    from ood_setar.finetune import lora_start, train_in
 
     backbone = load_backbone(args)
     start = SeTAREdit.from_pretrained(args.edit) if args.edit else lora_start(backbone, rank=args.rank, seed=args.seed)
-    _tell(args, train_in(args.out, backbone, _training_images(args), start, **_options(args, train)))
+    _tell(
+        args,
+        train_in(
+            args.out, backbone, training_images(args, open_given(args, args.source)), start, **_options(args, train)
+        ),
+    )
 
 
 def apply(args: argparse.Namespace) -> None:
@@ -81,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Print the ratios and the path of the search, and draw them."""
-    from ood_setar._steps import read_edit
+    from ood_setar.edit import read_edit
 
     edit = read_edit(args.edit)
     steps = edit.record.get("steps", [])
@@ -98,85 +103,7 @@ def show(args: argparse.Namespace) -> None:
     print_table(["weight", "ratio", "best so far", "margin", ""], rows)
 
 
-def reproduce(args: argparse.Namespace) -> None:
-    """Run a table of the paper, our numbers beside the published ones."""
-    from ood_core.protocols import inspect_protocol
-
-    from ood_setar import reproduce as paper
-    from ood_setar._published import published_table
-
-    names, overrides = args.protocol or paper.PROTOCOLS[args.table], parse_pairs("--set", args.overrides, "NAME=PATH")
-    if args.dry_run:
-        _show_places(args, {name: inspect_protocol(name, args.root, overrides) for name in names})
-        return
-    benches, scores = _benches(args, names, overrides)
-    labels = parse_pairs("--labels", args.labels, "NAME=PATH")
-    results = [paper.reproduce(args.table, bench, scores, labels) for bench in benches]
-    table = published_table(args.table)
-    message(f"{table['source']}: {table['note']}")
-    found = [paper.compared(result) for result in results]
-    if args.json:
-        for result, own in zip(results, found, strict=True):
-            result["differences"] = [one.to_dict() for one in own]
-        print_json({"table": args.table, "unit": "percent", "note": table["note"], "results": results})
-        return
-    for result, own in zip(results, found, strict=True):
-        print_table(*paper.lines(result))
-        print_differences(own, [*result["sets"], "average"], paper.MEASURES)
-        if sentence := result["zero_shot_accuracy"].get("sentence"):
-            message(sentence)
-    message(f"Every run: {args.out}")
-
-
 # ---- parts
-
-
-def _benches(args: argparse.Namespace, names: Sequence[str], overrides: dict[str, str]) -> tuple[list[Any], list[str]]:
-    """The protocols that are here with the backbone asked for, and the scores; mistakes are found before any work."""
-    from ood_setar import reproduce as paper
-
-    if bool(args.labels) != (args.table == 4) or (args.scores and args.table == 4):
-        raise UsageError("Table 4 is of accuracies: it takes --labels NAME=FILE, the other tables --scores NAME.")
-    places = {"overrides": overrides, "class_names_file": args.classes}
-    protocols = paper.find(names, args.root, skip=not args.protocol, say=message, **places)
-    edit = _searched_elsewhere(args.edit, [protocol.name for protocol in protocols]) if args.edit else None
-    backbone = load_backbone(args)
-    scores = list(dict.fromkeys(args.scores or paper.default_scores(args.table, backbone)))
-    options = parse_params(args.param)
-    common: dict[str, Any] = {"template": args.template, "seeds": args.seeds, "edit": edit, "say": message}
-    common["extraction"] = extraction_options(args)
-    benches = [paper.Bench(protocol, backbone, Path(args.out), options, **common) for protocol in protocols]
-    for bench in benches:
-        message(f"{bench.protocol.describe()}\n{paper.describe_options(bench)}")
-        paper.find_mistakes(args.table, bench, scores)
-    return benches, scores
-
-
-def _searched_elsewhere(path: str, protocols: Sequence[str]) -> SeTAREdit:
-    from ood_setar._steps import read_edit
-
-    edit = read_edit(path)
-    if len(protocols) > 1:
-        raise UsageError(f"--edit is of one ID set: choose it with --protocol, of {', '.join(protocols)}.")
-    if edit.factors:
-        raise UsageError(f"--edit {path!r} is fine-tuned: give the edit of the search that it started from.")
-    return edit
-
-
-def _show_places(args: argparse.Namespace, found: Mapping[str, Sequence[FoundSet]]) -> None:
-    """What is found of the protocols, and where."""
-    from ood_core.protocols import describe
-
-    if args.json:
-        print_json({name: list(map(_place, rows)) for name, rows in found.items()})
-        return
-    for name, rows in found.items():
-        print_table([name], [[line] for line in describe(rows).splitlines()])
-
-
-def _place(row: FoundSet) -> dict[str, Any]:
-    path, error = (None if value is None else str(value) for value in (row.path, row.error))
-    return {"set": row.name, "path": path, "images": row.images, "expected": row.expected, "error": error}
 
 
 # By arguments of the commands, or by what they do with --out.
@@ -186,6 +113,8 @@ _FLAGS = {"class_names": "--classes", "template": "--template", "seed": "--seed"
 
 def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
     """Class names, template, seed and the --param of a function."""
+    from ood_core.options import option_names
+
     given = parse_params(args.param)
     known = set(option_names(function, *_SET_OTHERWISE))
     for name in given:
@@ -195,13 +124,6 @@ def _options(args: argparse.Namespace, function: Callable[..., Any]) -> dict[str
             raise unknown_name(f"option of {function.__name__}", name, known - _FLAGS.keys())
     own = {"class_names": given_class_names(args), "template": args.template}
     return own | {"seed": args.seed, "workers": args.workers} | given
-
-
-def _training_images(args: argparse.Namespace) -> ImageSource:
-    from ood_core.data import FewShot
-
-    source = open_given(args, args.source)
-    return source if args.shots is None else FewShot(source, args.shots, args.seed)
 
 
 def _backbone_of(args: argparse.Namespace, edit: SeTAREdit) -> Backbone:
@@ -216,41 +138,29 @@ def _label(edit: SeTAREdit) -> str:
     return "SeTAR"
 
 
-def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], source: ImageSource) -> Any:
-    from ood_core.cli.common import class_names_of
-    from ood_core.detectors import detector_class
-    from ood_core.evaluation import evaluate as run
-
-    from ood_setar._steps import new_detector
+def _evaluate(args: argparse.Namespace, backbones: Mapping[str, Backbone], source: ImageSource) -> Evaluation:
+    from ood_core.detectors import create_detector, detector_class, known_options
+    from ood_core.options import method_options
 
     given = parse_params(args.param)
-    known = {option for name in args.detector for option in detector_class(name).option_names()}
+    known = {option for name in args.detector for option in method_options(detector_class(name))}
     if unused := sorted(given.keys() - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
     names = class_names_of(args, id_test=source)
     detectors = {
-        f"{name}, {label}": new_detector(name, backbone, names, args.template, given)
+        f"{name}, {label}": create_detector(
+            name, backbone=backbone, class_names=names, template=args.template, **known_options(name, given)
+        )
         for name in args.detector
         for label, backbone in backbones.items()
     }
-    return run(
-        detectors,
-        id=source,
-        ood={name: open_given(args, path) for name, path in named_sources(args.ood).items()},
-        calibrate=open_given(args, args.calibrate) if args.calibrate else None,
-        allow_overlap=args.allow_overlap,
-        convention=args.convention,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
-        out=args.out,
-        **extraction_options(args),
-    )
+    ood = {name: open_given(args, path) for name, path in named_sources(args.ood).items()}
+    return core.judge(args, detectors, id=source, ood=ood)
 
 
 def _classify(args: argparse.Namespace, backbones: Mapping[str, Backbone], source: ImageSource) -> None:
     """Zero-shot accuracy over the labels of a file of the released code."""
-    from ood_setar._steps import accuracy
-    from ood_setar.lists import with_labels
+    from ood_setar.lists import accuracy, with_labels
 
     labelled, options = with_labels(source, args.classify), extraction_options(args)
     template = args.template or "a photo of a {}"

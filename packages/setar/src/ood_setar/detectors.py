@@ -17,6 +17,7 @@ from ood_core.detectors.base import Detector, backbone_of, needs_of
 from ood_core.detectors.held import Held
 from ood_core.errors import UsageError
 from ood_core.features import FeatureSet
+from ood_core.options import method_options
 from torch import Tensor
 
 from ood_setar.edit import SeTAREdit
@@ -110,7 +111,7 @@ class SeTAR(Detector):
     @property
     def fit_options(self) -> frozenset[str]:  # type: ignore[override]
         """Every option: the edit or the score depends on it."""
-        return frozenset(self.option_names())
+        return frozenset(method_options(type(self)))
 
     # ---- fitting
 

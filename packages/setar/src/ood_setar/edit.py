@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ood_setar.functional import dropped_rank, truncate
 
-__all__ = ["SeTAREdit", "apply_saved", "draw"]
+__all__ = ["SeTAREdit", "apply_saved", "draw", "read_edit"]
 
 # Our names of weights and those of the released code's lists.
 _RELEASED = {
@@ -285,3 +285,9 @@ def apply_saved(backbone: Backbone, folder: str | Path) -> Backbone:
         >>> edited = apply_saved(backbone, "edit/")  # doctest: +SKIP
     """
     return SeTAREdit.from_pretrained(folder).apply(backbone)
+
+
+def read_edit(path: str | Path) -> SeTAREdit:
+    """A saved edit, or a config_best.json of the released code."""
+    path = Path(path)
+    return SeTAREdit.from_released(path) if path.suffix == ".json" else SeTAREdit.from_pretrained(path)

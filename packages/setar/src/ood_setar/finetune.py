@@ -27,9 +27,9 @@ from ood_setar.edit import SeTAREdit, draw
 from ood_setar.functional import loss_terms, split_low_rank
 from ood_setar.network import image_features, logits, text_features
 from ood_setar.options import Training
-from ood_setar.search import class_prompts, default_cells_k, label_images
+from ood_setar.search import class_prompts, default_cells_k, label_images, visiting_order
 
-__all__ = ["Adapters", "finetune", "lora"]
+__all__ = ["Adapters", "finetune", "lora", "lora_start", "train_in"]
 
 
 class Adapters(nn.Module):
@@ -331,3 +331,33 @@ class _CentreCrops:
 
     def __call__(self, rows: Tensor, epoch: int) -> Tensor:
         return self.whole[rows]
+
+
+def lora_start(backbone: Backbone, *, seed: int, **options: Any) -> SeTAREdit:
+    """LoRA on one weight of every block, before training.
+
+    Args:
+        backbone: unedited.
+        seed: of the factors.
+        **options: of `lora`, and `kind` and `order` of `visiting_order`.
+    """
+    order = options.pop("order", None) or ("visual_text" if "prompts" in backbone.capabilities else "visual_only")
+    names = visiting_order(backbone.linears(), kind=options.pop("kind", "up"), order=order)
+    return lora(backbone, names, seed=seed, **options)
+
+
+def train_in(folder: str | Path, backbone: Backbone, images: Any, edit: SeTAREdit, **options: Any) -> SeTAREdit:
+    """Fine-tune and save; a run that was interrupted goes on from the checkpoint in `folder`.
+
+    Args:
+        folder: for the edit.
+        backbone: unedited.
+        images: labelled.
+        edit: of a search or of LoRA.
+        **options: of `finetune`.
+    """
+    checkpoint = Path(folder) / "checkpoint.safetensors"
+    tuned = finetune(backbone, images, edit, checkpoint=checkpoint, **options)
+    tuned.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
+    return tuned

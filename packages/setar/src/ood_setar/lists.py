@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["read_list", "with_labels"]
+__all__ = ["accuracy", "read_list", "with_labels"]
 
 import json
 import logging
@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from ood_core.backbones.base import Backbone
 from ood_core.data.decode import printable
 from ood_core.data.sources import FileSource, ImageSource, PathLike
 from ood_core.errors import DataError, MissingDataError
+from ood_core.features import extract
+from ood_core.prompts import text_features
 
 log = logging.getLogger(__name__)
 
@@ -145,3 +148,17 @@ def _read_object(path: PathLike, form: str) -> dict[str, Any]:
 
 def _quoted(path: PathLike) -> str:
     return repr(printable(os.fspath(path)))
+
+
+def accuracy(backbone: Backbone, source: ImageSource, template: str, **extraction: Any) -> float:
+    """Share of images whose label is the nearest of all label names.
+
+    Args:
+        backbone: with a text tower.
+        source: labelled.
+        template: prompt of a label.
+        **extraction: for `extract`.
+    """
+    features = extract(backbone, source, needs={"image"}, **extraction)
+    text = text_features(backbone, source.label_names, template).to(features.image.device)
+    return (features.image @ text.T).argmax(1).eq(features.labels).double().mean().item()

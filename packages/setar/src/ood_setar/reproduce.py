@@ -21,11 +21,13 @@ __all__ = [
     "lines",
     "preset",
     "published_rows",
+    "published_table",
     "reproduce",
+    "table_of",
 ]
 
+import argparse
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -36,23 +38,33 @@ from typing import Any
 import torch
 from ood_core import check
 from ood_core.backbones.base import Backbone, hash_tensors
+from ood_core.cli.common import (
+    extraction_options,
+    load_backbone,
+    message,
+    parse_pairs,
+    parse_params,
+    print_json,
+    print_table,
+)
 from ood_core.data.sources import ImageSource
-from ood_core.detectors import detector_class
+from ood_core.detectors import create_detector, detector_class, known_options
 from ood_core.detectors.base import Detector
 from ood_core.errors import MissingDataError, UsageError, unknown_name
 from ood_core.evaluation import Evaluation, evaluate
 from ood_core.metrics import evaluate_scores
-from ood_core.options import option_names
-from ood_core.protocols import Protocol, find_protocol
-from ood_core.published import Beside, beside, zero_shot_beside
-from ood_core.runs import UsedImages, kept_runs, recipe, study_options
+from ood_core.options import method_options, option_names
+from ood_core.protocols import FoundSet, Protocol, describe, find_protocol, inspect_protocol
+from ood_core.reproduction import studies, tables
+from ood_core.reproduction.command import print_differences
+from ood_core.reproduction.kept import kept_runs
+from ood_core.reproduction.studies import study_options
+from ood_core.reproduction.tables import Beside, beside, figure_cell
 
-from ood_setar._published import published_table
-from ood_setar._steps import accuracy, lora_start, new_detector, search_in, train_in
-from ood_setar.edit import SeTAREdit
-from ood_setar.finetune import finetune, lora
-from ood_setar.lists import with_labels
-from ood_setar.search import search
+from ood_setar.edit import SeTAREdit, read_edit
+from ood_setar.finetune import finetune, lora, lora_start, train_in
+from ood_setar.lists import accuracy, with_labels
+from ood_setar.search import search, search_in
 
 Row = dict[str, Any]
 
@@ -101,7 +113,7 @@ _MANY = 10_000
 
 # What the figures of a model go through.
 _CODE = tuple(
-    f"ood_setar.{name}" for name in ("_steps", "edit", "finetune", "functional", "network", "objective", "search")
+    f"ood_setar.{name}" for name in ("edit", "finetune", "functional", "lists", "network", "objective", "search")
 )
 
 # What is not an option of a step: it comes from the protocol or the command line.
@@ -109,6 +121,97 @@ _OWN = (
     *("backbone", "images", "edit", "names", "class_names", "template", "seed", "self", "common"),
     *("log_file", "resume", "checkpoint", "on_error", "workers", "progress"),
 )
+
+
+def published_table(number: int) -> dict[str, Any]:
+    """A table of the paper: where it comes from, what to know of it, and its rows.
+
+    Every row has `method` (Table 3 has one row for vanilla and SeTAR) and, but for Table 4, figures of `fpr95` and
+    `auroc` in percent: Table 1 by OOD set in `ood` (None: not given) with their `average`; Table 2 in `scores`, by
+    score, some with `fpr95_std` and `auroc_std`; Table 3 in `average`, by method. Table 4 has `accuracy` by data
+    set and their `average`. `inconsistent_averages` lists those that do not follow from their columns.
+
+    Args:
+        number: 1 without training, 2 fine-tuned, 3 other backbones and scores, 4 accuracies.
+
+    Raises:
+        UsageError: another number.
+
+    Example:
+        >>> published_table(4)["rows"][0]["average"]
+        57.27
+    """
+    return tables.published_table("ood_setar", number)
+
+
+# ---- the command
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Run a table of the paper, our numbers beside the published ones."""
+    names, overrides = args.protocol or PROTOCOLS[args.table], parse_pairs("--set", args.overrides, "NAME=PATH")
+    if args.dry_run:
+        _show_places(args, {name: inspect_protocol(name, args.root, overrides) for name in names})
+        return
+    benches, scores = _benches(args, names, overrides)
+    labels = parse_pairs("--labels", args.labels, "NAME=PATH")
+    results = [table_of(args.table, bench, scores, labels) for bench in benches]
+    table = published_table(args.table)
+    message(f"{table['source']}: {table['note']}")
+    found = [compared(result) for result in results]
+    if args.json:
+        for result, own in zip(results, found, strict=True):
+            result["differences"] = [one.to_dict() for one in own]
+        print_json({"table": args.table, "unit": "percent", "note": table["note"], "results": results})
+        return
+    for result, own in zip(results, found, strict=True):
+        print_table(*lines(result))
+        print_differences(own, [*result["sets"], "average"], MEASURES)
+        if sentence := result["zero_shot_accuracy"].get("sentence"):
+            message(sentence)
+    message(f"Every run: {args.out}")
+
+
+def _benches(
+    args: argparse.Namespace, names: Sequence[str], overrides: dict[str, str]
+) -> tuple[list[Bench], list[str]]:
+    """The protocols that are here with the backbone asked for, and the scores; mistakes are found before any work."""
+    if bool(args.labels) != (args.table == 4) or (args.scores and args.table == 4):
+        raise UsageError("Table 4 is of accuracies: it takes --labels NAME=FILE, the other tables --scores NAME.")
+    places = {"overrides": overrides, "class_names_file": args.classes}
+    protocols = find(names, args.root, skip=not args.protocol, say=message, **places)
+    edit = _searched_elsewhere(args.edit, [protocol.name for protocol in protocols]) if args.edit else None
+    backbone = load_backbone(args)
+    scores = list(dict.fromkeys(args.scores or default_scores(args.table, backbone)))
+    options = parse_params(args.param)
+    common: dict[str, Any] = {"template": args.template, "seeds": args.seeds, "edit": edit, "say": message}
+    common["extraction"] = extraction_options(args)
+    benches = [Bench(protocol, backbone, Path(args.out), options, **common) for protocol in protocols]
+    for bench in benches:
+        message(f"{bench.protocol.describe()}\n{describe_options(bench)}")
+        find_mistakes(args.table, bench, scores)
+    return benches, scores
+
+
+def _searched_elsewhere(path: str, protocols: Sequence[str]) -> SeTAREdit:
+    edit = read_edit(path)
+    if len(protocols) > 1:
+        raise UsageError(f"--edit is of one ID set: choose it with --protocol, of {', '.join(protocols)}.")
+    if edit.factors:
+        raise UsageError(f"--edit {path!r} is fine-tuned: give the edit of the search that it started from.")
+    return edit
+
+
+def _show_places(args: argparse.Namespace, found: Mapping[str, Sequence[FoundSet]]) -> None:
+    """What is found of the protocols, and where."""
+    if args.json:
+        print_json({name: [row.to_dict() for row in rows] for name, rows in found.items()})
+        return
+    for name, rows in found.items():
+        print_table([name], [[line] for line in describe(rows).splitlines()])
+
+
+# ---- models and figures
 
 
 @dataclass(frozen=True)
@@ -131,30 +234,18 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A backbone on a protocol: makes models and judges them, once.
+class Bench(studies.Bench):
+    """A backbone on a protocol: makes models and judges them, once; `params` are of every step that has them.
 
     Attributes:
-        protocol: the images.
-        backbone: unedited.
-        out: folder of all results.
-        params: options of every step that has them, before the presets.
-        template: prompt of a class.
-        seeds: of what is trained.
-        extraction: for `extract`.
         edit: of a search made elsewhere.
-        say: tells a person what is being done.
     """
 
-    protocol: Protocol
-    backbone: Backbone
-    out: Path
-    params: Mapping[str, Any]
-    template: str
-    seeds: Sequence[int]
-    extraction: Mapping[str, Any]
+    template: str = "a photo of a {}"
+    convention: str = "released"
     edit: SeTAREdit | None = None
-    say: Callable[[str], None] = lambda text: None
+
+    purpose = ", on which SeTAR searches"
 
     @cached_property
     def kind(self) -> str | None:
@@ -165,29 +256,6 @@ class Bench:
     def options(self) -> dict[str, Any]:
         """The preset and what was given."""
         return preset(self.kind, self.protocol) | dict(self.params)
-
-    @property
-    def folder(self) -> Path:
-        """Of all results of this backbone on this protocol."""
-        return self.out / self.protocol.name / re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.backbone.spec)
-
-    def zero_shot(self) -> tuple[dict[str, Any], str]:
-        """The accuracy that the backbone is known for, measured; see `zero_shot_beside`."""
-        names, test = self.protocol.class_names, self.protocol.test
-        return zero_shot_beside(self.backbone, test, names, self.template, **self.extraction)
-
-    def train(self) -> ImageSource:
-        """The ID images to search and train on.
-
-        Raises:
-            MissingDataError: they were not found.
-        """
-        if self.protocol.train is None:
-            (error,) = (row.error for row in self.protocol.found if row.name == "train")
-            raise MissingDataError(
-                f"{self.protocol.name} has no training images, on which SeTAR searches: --set train=DIR. {error}"
-            )
-        return self.protocol.train
 
     # ---- models
 
@@ -227,8 +295,7 @@ class Bench:
     def _made(self, name: str, options: Mapping[str, Any], make: Callable[..., SeTAREdit], **others: Any) -> Model:
         """A model whose edit is read from its folder, or made there."""
         folder, names = self.folder / name, self.protocol.class_names
-        images = {"train": self._used(self.train())}
-        made = recipe(self.backbone, images, names, code=_CODE, template=self.template, options=options, **others)
+        made = self.recipe({"train": self.train()}, code=_CODE, options=options, **others)
 
         def edits() -> list[dict[str, Any]]:
             self.say(f"{self.protocol.name}, {name}: {folder}")
@@ -245,14 +312,9 @@ class Bench:
     def judge(self, model: Model, scores: Sequence[str]) -> dict[str, Any]:
         """results.json of an evaluation: released FPR95 in "detectors", the standard one in "standard"."""
         folder = model.folder / "+".join(scores)
-        sets = {"id": self.protocol.test, **self.protocol.ood}
-        made = recipe(
-            self.backbone,
-            {name: self._used(source) for name, source in sets.items()},
-            self.protocol.class_names,
+        made = self.recipe(
+            {"id": self.protocol.test, **self.protocol.ood},
             code=[*_CODE, *_code_of(scores)],
-            template=self.template,
-            convention="released",
             options={score: self._options_of_score(score) for score in scores},
             edit=_identity(model.edit),
         )
@@ -274,14 +336,8 @@ class Bench:
 
         def of_one(name: str, source: ImageSource) -> float:
             folder = model.folder / f"accuracy-{name}"
-            made = recipe(
-                self.backbone,
-                {name: self._used(source)},
-                source.label_names,
-                code=_CODE,
-                template=self.template,
-                edit=_identity(model.edit),
-            )
+            edit = _identity(model.edit)
+            made = self.recipe({name: source}, source.label_names, code=_CODE, edit=edit)
 
             def runs() -> list[dict[str, Any]]:
                 self.say(f"{self.protocol.name}, {model.label}, accuracy on {name}: {folder}")
@@ -298,13 +354,14 @@ class Bench:
 
         def detector(score: str) -> Detector:
             name = _fixed(score)[0]
-            return new_detector(name, backbone, names, self._template(name), self._options_of_score(score))
+            options = known_options(name, self._options_of_score(score))
+            return create_detector(name, backbone=backbone, class_names=names, template=self._template(name), **options)
 
         return evaluate(
             {score: detector(score) for score in scores},
             id=self.protocol.test,
             ood=self.protocol.ood,
-            convention="released",
+            convention=self.convention,
             **self.extraction,
         )
 
@@ -321,21 +378,11 @@ class Bench:
         """NegLabel has prompts of its own, those of its words."""
         return None if score == "neg_label" else self.template
 
-    # ---- what results depend on
-
-    @cached_property
-    def _seen(self) -> dict[int, UsedImages]:
-        return {}
-
-    def _used(self, source: ImageSource) -> UsedImages:
-        """One for all recipes, so that bytes are read once."""
-        return self._seen.setdefault(id(source), UsedImages(source))
-
 
 # ---- tables
 
 
-def reproduce(number: int, bench: Bench, scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, Any]:
+def table_of(number: int, bench: Bench, scores: Sequence[str], labels: Mapping[str, str]) -> dict[str, Any]:
     """A table of the paper on one protocol, in percent.
 
     Args:
@@ -470,7 +517,7 @@ def _beside(ours: Sequence[Row], published: Sequence[Row]) -> list[Row]:
 
 
 def compared(result: Mapping[str, Any]) -> list[Beside]:
-    """Our rows of `reproduce` beside the published ones of the same architecture, score, method and FPR rule."""
+    """Our rows of `table_of` beside the published ones of the same architecture, score, method and FPR rule."""
     found = []
     for row in result["rows"]:
         if row["origin"] == "ours" or row["backbone"] != result["architecture"]:
@@ -491,7 +538,7 @@ def _figures(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def lines(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of `reproduce` to print."""
+    """The header and the rows of `table_of` to print."""
     columns, kind = result["sets"], result["architecture"]
     measures = [name for name in MEASURES if name in result["rows"][0]["average"]]
     what = " / ".join({"fpr95": "released FPR95", "auroc": "AUROC"}.get(name, name) for name in measures)
@@ -499,7 +546,7 @@ def lines(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in result["rows"]:
         comparable = set(row["sets"]) <= set(columns)
         figures = [*(row["sets"].get(name) for name in columns), row["average"] if comparable else None]
-        rows.append([_name(row, kind), *(_cell(figure, measures) for figure in figures)])
+        rows.append([_name(row, kind), *(figure_cell(figure, measures, apart="+-") for figure in figures)])
     return [f"{result['id']}, {result['backbone']}: {what}", *columns, "average"], rows
 
 
@@ -510,13 +557,6 @@ def _name(row: Row, kind: str | None) -> str:
     if row["origin"] != "ours" and row["backbone"] != kind:
         parts.append(row["backbone"])
     return ", ".join(part for part in parts if part)
-
-
-def _cell(figure: Mapping[str, float] | None, measures: Sequence[str]) -> str:
-    if figure is None:
-        return ""
-    spreads = {name: f"+-{figure[f'{name}_std']:.2f}" if f"{name}_std" in figure else "" for name in measures}
-    return " / ".join(f"{figure[name]:.2f}{spreads[name]}" for name in measures)
 
 
 # ---- what is run
@@ -593,7 +633,7 @@ def find_mistakes(number: int, bench: Bench, scores: Sequence[str]) -> None:
     """
     known = [name for step in (search, finetune, lora) for name in option_names(step, *_OWN)]
     fixed = {score: _fixed(score) for score in scores}
-    known += [option for name, _ in fixed.values() for option in detector_class(name).option_names()]
+    known += [option for name, _ in fixed.values() for option in method_options(detector_class(name))]
     known = [name for name in known if name not in _OWN]
     for name in bench.params:
         if name not in known:
@@ -674,7 +714,7 @@ def _fixed(score: str) -> tuple[str, dict[str, Any]]:
         UsageError: an unknown detector, one without a temperature, or one that is no number above 0.
     """
     name, at, temperature = score.partition("@")
-    known = detector_class(name).option_names()
+    known = method_options(detector_class(name))
     if not at:
         return name, {}
     try:

@@ -16,8 +16,9 @@ from ood_core.backbones.base import Backbone
 from ood_core.data import load_batches, open_source
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, UsageError, unknown_name
+from ood_core.features import label_table
 from ood_core.files import write_atomically
-from ood_core.labels import check_class_names, label_table
+from ood_core.labels import check_class_names
 from ood_core.options import flat_options
 from ood_core.progress import progress_bar
 from ood_core.prompts import fill, resolve_templates
@@ -39,6 +40,7 @@ __all__ = [
     "label_images",
     "load_labelled",
     "search",
+    "search_in",
     "visiting_order",
 ]
 
@@ -555,3 +557,17 @@ class _Log:
         line = {"step": step, "weight": weight, "ratio": ratio, "measured": measured}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def search_in(folder: str | Path, backbone: Backbone, images: Any, **options: Any) -> SeTAREdit:
+    """Search and save; a search that was interrupted goes on from the log in `folder`.
+
+    Args:
+        folder: for the edit.
+        backbone: unedited.
+        images: labelled.
+        **options: of `search`.
+    """
+    edit = search(backbone, images, log_file=Path(folder) / "search.jsonl", **options)
+    edit.save_pretrained(folder)
+    return edit

@@ -18,6 +18,7 @@ from ood_core.cli.common import (
     add_overlap_argument,
     add_score_arguments,
     add_source_arguments,
+    command_parser,
     run,
 )
 from ood_core.cli.protocols import add_protocol_arguments
@@ -31,14 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ood",
-        description="Out-of-distribution detection with vision foundation models. "
-        "A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a column path) or "
-        "FILE.parquet[:split].",
+    parser, verbs = command_parser(
+        "ood", f"ood-core {__version__}", "Out-of-distribution detection with vision foundation models."
     )
-    parser.add_argument("--version", action="version", version=f"ood-core {__version__}")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = add_command(verbs, "demo", commands.demo, "write image folders, score them with every detector, report")
     demo.add_argument("--out", metavar="DIR", default="demo", help="folder to write (default: demo)")

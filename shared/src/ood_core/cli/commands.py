@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ood_core.cli.common import (
     build_detectors,
@@ -27,6 +27,9 @@ from ood_core.cli.common import (
 )
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.files import check_schema
+
+if TYPE_CHECKING:
+    from ood_core.evaluation import Evaluation
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -165,28 +168,33 @@ def _cell(value: Any) -> str:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Judge detectors on an ID test set and OOD sets."""
+    sets = given_sets(args)
+    fit = open_given(args, args.fit) if args.fit else None
+    detectors = build_detectors(args, class_names_of(args, fit, id_test=sets["id"]))
+    show(judge(args, detectors, **sets, fit=fit), args)
+    message(f"Results: {args.out}")
+
+
+def given_sets(args: argparse.Namespace) -> dict[str, Any]:
+    """The sources of --id and --ood, for `judge`."""
+    places = named_sources(args.ood)
+    return {"id": open_given(args, args.id), "ood": {name: open_given(args, place) for name, place in places.items()}}
+
+
+def judge(args: argparse.Namespace, detectors: Mapping[str, Any], **sets: Any) -> Evaluation:
+    """Evaluate as the arguments of `add_evaluation_arguments` and `add_extraction_arguments` say.
+
+    Args:
+        args: of the command line.
+        detectors: by name.
+        **sets: of `evaluate`: id, ood, and what else shall not be as the command line says.
+    """
     from ood_core.evaluation import evaluate as run
 
-    places = named_sources(args.ood)
-    id_source = open_given(args, args.id)
-    fit = open_given(args, args.fit) if args.fit else None
-    ood = {name: open_given(args, source) for name, source in places.items()}
-    detectors = build_detectors(args, class_names_of(args, fit, id_test=id_source))
-    found = run(
-        detectors,
-        id=id_source,
-        ood=ood,
-        fit=fit,
-        calibrate=open_given(args, args.calibrate) if args.calibrate else None,
-        allow_overlap=args.allow_overlap,
-        convention=args.convention,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
-        out=args.out,
-        **extraction_options(args),
-    )
-    show(found, args)
-    message(f"Results: {args.out}")
+    given = {name: getattr(args, name) for name in ("allow_overlap", "convention", "bootstrap", "seed", "out")}
+    if args.calibrate:
+        sets["calibrate"] = open_given(args, args.calibrate)
+    return run(detectors, **(given | extraction_options(args) | sets))
 
 
 def calibrate(args: argparse.Namespace) -> None:

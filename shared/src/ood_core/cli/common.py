@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
     from ood_core.data.sources import ImageSource
     from ood_core.detectors.base import Detector
-    from ood_core.published import Beside
 
 __all__ = [
     "add_backbone_arguments",
@@ -37,7 +36,6 @@ __all__ = [
     "open_given",
     "parse_pairs",
     "parse_params",
-    "print_differences",
     "print_json",
     "print_table",
     "run",
@@ -108,26 +106,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("  ".join(cells).rstrip())  # noqa: T201
 
 
-def print_differences(found: Sequence[Beside], places: Sequence[str], measures: Sequence[str]) -> None:
-    """Ours minus the published figures, a line per row, and how many are off; nothing where no row has both."""
-    if not found:
-        return
-    from ood_core.published import difference_cells, legend
-
-    have = {(one.place, one.measure) for one in found}
-    columns = {place: own for place in places if (own := [one for one in measures if (place, one) in have])}
-    rows = {one.row: [other for other in found if other.row == one.row] for one in found}
-    print_table(
-        ["ours - published, points", *(_column(place, own) for place, own in columns.items())],
-        [[name, *(difference_cells(own, [p], m)[0] for p, m in columns.items())] for name, own in rows.items()],
-    )
-    message(legend(found))
-
-
-def _column(place: str, measures: Sequence[str]) -> str:
-    return place if [place] == list(measures) else f"{place}: {' / '.join(measures)}"
-
-
 def one_line(text: str) -> str:
     """A text as a cell of a table: line breaks, tabs and other control characters become escapes.
 
@@ -171,6 +149,83 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
 
 
+def add_reading_arguments(parser: argparse.ArgumentParser, *, backbone: str | None, dtype: str = "auto") -> None:
+    """The backbone's and the extraction's arguments, and --json."""
+    add_backbone_arguments(parser, default=backbone, dtype=dtype)
+    add_extraction_arguments(parser)
+    add_json_argument(parser)
+
+
+def add_param_argument(parser: argparse.ArgumentParser, what: str = "option of the method (see README)") -> None:
+    """--param."""
+    parser.add_argument("--param", metavar="KEY=VALUE", action="append", default=[], help=what)
+
+
+def add_class_arguments(
+    parser: argparse.ArgumentParser, template: str | None = None, usual: str = "the detector's own"
+) -> None:
+    """--classes and --template."""
+    add_classes_argument(parser)
+    about = f"prompt with {{}} for the class name, or the name of a set (default: {usual})"
+    parser.add_argument("--template", metavar="T", default=template, help=about)
+
+
+def add_classes_argument(parser: argparse.ArgumentParser) -> None:
+    """--classes."""
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
+
+
+def add_convention_argument(parser: argparse.ArgumentParser) -> None:
+    """--convention."""
+    rules = ("standard", "released", "openood")
+    parser.add_argument("--convention", choices=rules, default="standard", help="FPR rule")
+
+
+def add_shots_argument(parser: argparse.ArgumentParser) -> None:
+    """--shots."""
+    parser.add_argument("--shots", type=int, metavar="N", help="images per class, drawn with --seed (default: all)")
+
+
+def training_images(args: argparse.Namespace, source: ImageSource) -> ImageSource:
+    """As many images of every class as --shots says; all where it says nothing."""
+    from ood_core.data import FewShot
+
+    shots = getattr(args, "shots", None)
+    if shots is None:
+        return source
+    few = FewShot(source, shots, args.seed)
+    if few.short_classes:
+        message(f"Fewer than {shots} images, all taken: {_listed(few.short_classes)}")
+    return few
+
+
+def _listed(counts: Mapping[str, int], most: int = 5) -> str:
+    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:most])
+    return shown + (f" and {len(counts) - most} more" if len(counts) > most else "")
+
+
+def command_parser(prog: str, version: str, description: str) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser of a command, and what takes its verbs.
+
+    Args:
+        prog: name of the command.
+        version: name and version of its package.
+        description: what it is for; how a SOURCE is written follows.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=f"{description} A SOURCE is a folder of images, a manifest (csv, tsv, jsonl, txt or parquet with a "
+        "column path) or FILE.parquet[:split].",
+    )
+    parser.add_argument("--version", action="version", version=version)
+    return parser, parser.add_subparsers(metavar="COMMAND", required=True)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+
 def add_workers_argument(parser: argparse.ArgumentParser, default: int = 0) -> None:
     """--workers."""
     parser.add_argument(
@@ -201,11 +256,8 @@ def default_workers() -> int:
 def add_detector_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--detector, --classes, --template, --param, --fit and the backbone's."""
     parser.add_argument("--detector", metavar="NAME_OR_DIR", action="extend", nargs="+", required=required, default=[])
-    parser.add_argument("--classes", metavar="FILE", help="class names, one per line, or 'imagenet'")
-    parser.add_argument("--template", metavar="T", help="prompt with {} for the class name, or the name of a set")
-    parser.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", default=[], help="option of the detectors that have it"
-    )
+    add_class_arguments(parser)
+    add_param_argument(parser, "option of the detectors that have it")
     parser.add_argument("--fit", metavar="SOURCE", help="labelled ID images for detectors that learn")
     add_backbone_arguments(parser, default=None)
     add_extraction_arguments(parser)
@@ -250,9 +302,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, *, required: bool 
     parser.add_argument("--ood", metavar="NAME=SOURCE", action="extend", nargs="+", required=required, default=[])
     parser.add_argument("--calibrate", metavar="SOURCE", help="held-out ID images that set the thresholds")
     add_overlap_argument(parser)
-    parser.add_argument(
-        "--convention", choices=("standard", "released", "openood"), default="standard", help="FPR rule"
-    )
+    add_convention_argument(parser)
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="replicates for 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -383,11 +433,12 @@ def class_names_of(
 
 def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> dict[str, Detector]:
     """Detectors by name or folder, sharing backbones; saved ones keep theirs unless --backbone is given."""
-    from ood_core.detectors import create_detector, detector_class
+    from ood_core.detectors import create_detector, detector_class, known_options
     from ood_core.detectors.base import Detector, leaves
+    from ood_core.options import method_options
 
     options = parse_params(args.param)
-    known = {name for given in args.detector if not _is_saved(given) for name in detector_class(given).option_names()}
+    known = {name for given in args.detector if not _is_saved(given) for name in method_options(detector_class(given))}
     if unused := sorted(set(options) - known):
         raise UsageError(f"None of the detectors has an option {unused[0]!r}.")
     backbone = cache(partial(load_backbone, args))
@@ -399,7 +450,7 @@ def build_detectors(args: argparse.Namespace, class_names: list[str] | None) -> 
                 spec = args.backbone or leaf._held.spec
                 leaf.attach(backbone(spec, leaf.precision))
         else:
-            mine = {name: options[name] for name in detector_class(given).option_names() if name in options}
+            mine = known_options(given, options)
             shared = backbone(args.backbone or "tiny")
             made = create_detector(given, backbone=shared, class_names=class_names, template=args.template, **mine)
         name = Path(given).resolve().name if made.name in detectors else made.name

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ood_core.cli import commands
 from ood_core.cli.common import (
     build_detectors,
-    extraction_options,
     message,
-    open_given,
     parse_pairs,
     print_json,
     print_table,
@@ -140,24 +138,21 @@ def _show_places(args: argparse.Namespace, rows: Sequence[FoundSet], tasks: Sequ
 
 def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation:
     """Judge on one task and write the results, with what was found and expected."""
-    from ood_core.evaluation import evaluate as run
-    from ood_core.published import IMAGENET_CLASSES
+    from ood_core.reproduction.published import IMAGENET_CLASSES
 
     message(task.describe())
     detectors = build_detectors(args, task.class_names)
-    found = run(
+    found = commands.judge(
+        args,
         detectors,
         id=task.test,
         ood=task.ood,
         fit=task.train if _to_fit(detectors) else None,
-        calibrate=open_given(args, args.calibrate) if args.calibrate else task.calibration,
-        allow_overlap=args.allow_overlap,
+        calibrate=task.calibration,
         convention=args.convention or task.convention,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
         set_kinds=task.kinds,
         notes=task.notes,
-        **extraction_options(args),
+        out=None,
     )
     sets = [row.to_dict() for row in task.found]
     found.results["protocol"] = {"name": task.name, "title": task.title, "sets": sets}
@@ -170,7 +165,7 @@ def _evaluate(args: argparse.Namespace, task: Protocol, out: Path) -> Evaluation
 def _put_published_accuracy(results: dict[str, Any], detectors: Mapping[str, Detector]) -> None:
     """The zero-shot detectors' ID accuracy beside the published one: in the results, and a sentence for people."""
     from ood_core.detectors.zero_shot import ZeroShot
-    from ood_core.published import accuracy_beside
+    from ood_core.reproduction.published import accuracy_beside
 
     said = {}
     for name, detector in detectors.items():

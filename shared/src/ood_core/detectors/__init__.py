@@ -5,7 +5,7 @@ A package adds one with an entry point in the group `ood.detectors`: `name = "pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ood_core.registry import DETECTORS, SAVED_DETECTORS
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
     from ood_core.detectors.base import Detector
 
-__all__ = ["broken_detectors", "create_detector", "detector_class", "list_detectors"]
+__all__ = ["broken_detectors", "create_detector", "detector_class", "known_options", "list_detectors"]
 
 
 def list_detectors() -> list[str]:
@@ -40,6 +40,22 @@ def detector_class(name: str) -> type[Detector]:
     """
     loaded: type[Detector] = (SAVED_DETECTORS if name in SAVED_DETECTORS.entries else DETECTORS).load(name)
     return loaded
+
+
+def known_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some options that a detector has.
+
+    Args:
+        name: of `list_detectors()`.
+        options: of any detectors.
+
+    Example:
+        >>> known_options("mcm", {"temperature": 2.0, "neighbours": 5})
+        {'temperature': 2.0}
+    """
+    from ood_core.options import method_options
+
+    return {option: options[option] for option in method_options(detector_class(name)) if option in options}
 
 
 def create_detector(

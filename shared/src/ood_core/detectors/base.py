@@ -34,8 +34,8 @@ from ood_core.detectors.given import (
 )
 from ood_core.detectors.held import Held
 from ood_core.errors import DataError, NotFittedError, UsageError, unknown_name
-from ood_core.features import FeatureSet, content_keys, extract, stream
-from ood_core.options import expose, groups_of, option_names, owners
+from ood_core.features import FeatureSet, content_keys, extract, label_table, stream
+from ood_core.options import expose, groups_of, method_options, owners
 from ood_core.prompts import text_features
 
 __all__ = ["Detector", "backbone_of", "leaves", "needs_of", "right_predictions"]
@@ -92,7 +92,7 @@ class Detector(ABC):
         **unknown: Any,
     ) -> None:
         for name in unknown:
-            raise unknown_name(f"option of {self.name!r}", name, self.option_names() or ["none"])
+            raise unknown_name(f"option of {self.name!r}", name, method_options(type(self)) or ["none"])
         self._held = Held(self.name)
         self.class_names = by_name.check_class_names(class_names)
         self._check_class_count(len(self.class_names))
@@ -168,7 +168,7 @@ class Detector(ABC):
         # Those of an earlier fit do not count: it may have left classes out.
         self.class_names = list(self._given_names or by_name.check_class_names(features.label_names, what="Labels"))
         self._check_class_count(len(self.class_names))
-        table = by_name.label_table(features.label_names, self.class_names)
+        table = label_table(features.label_names, self.class_names)
         used = sorted(set(features.labels.tolist()) - {-1})
         if unknown := [features.label_names[i] for i in used if table[i] < 0]:
             raise DataError(
@@ -523,14 +523,9 @@ class Detector(ABC):
 
     # ---- parameters
 
-    @classmethod
-    def option_names(cls) -> list[str]:
-        """Names of the method's options: the parameters of `__init__` that are its own, groups by their options."""
-        return option_names(cls.__init__, *_COMMON)
-
     def get_params(self) -> dict[str, Any]:
         """The method's options by name."""
-        return {name: getattr(self, name) for name in self.option_names()}
+        return {name: getattr(self, name) for name in method_options(type(self))}
 
     def set_params(self, **params: Any) -> Self:
         """Change options; the calibration is dropped, and the fitted state if it depended on them.
@@ -610,10 +605,6 @@ class Detector(ABC):
         return f"{type(self).__name__}({options})"
 
 
-# Parameters of every detector's __init__ that are no options of its method.
-_COMMON = ("self", "class_names", "template", "common", "unknown")
-
-
 def backbone_of(detector: Detector) -> Backbone:
     """The backbone of a detector.
 
@@ -667,5 +658,5 @@ def right_predictions(detector: Detector, features: FeatureSet, predicted: Tenso
     if features.labels is None:
         return None
     predicted = detector.predict(features) if predicted is None else predicted
-    labels = by_name.label_table(features.label_names, detector.class_names)[features.labels]
+    labels = label_table(features.label_names, detector.class_names)[features.labels]
     return None if predicted is None or not bool((labels >= 0).any()) else (predicted == labels)[labels >= 0]

@@ -51,8 +51,8 @@ def load(kind: type[Kind], folder: str | Path, backbone: Backbone | str | None) 
         raise UsageError(f"{path} holds a {name!r} detector, not a {kind.__name__}.")
     try:
         made = found._empty(path, config)
-    except TypeError as error:
-        raise DataError(f"{path} was saved by another version of {name!r}: {error}.") from error
+    except (TypeError, UsageError) as error:  # an option that is not known here
+        raise DataError(f"{path} was saved by another version of {name!r}: {str(error).rstrip('.')}.") from error
     # Copies lie in memory as fitted tensors do: the last bits of products depend on the place.
     made.state = {k.removeprefix("state."): v.clone() for k, v in tensors.items() if k.startswith("state.")}
     made.calibration = _calibration(config, tensors)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ood_core.data.sources import ImageSource
 from ood_core.errors import DataError, UsageError, unknown_name
-from ood_core.labels import label_table
 
 if TYPE_CHECKING:
     from ood_core.features import FeatureSet
@@ -129,6 +128,8 @@ class Task:
         found = replace(whole[at], failures=[failure for failure in whole.failures if failure[0] in ids])
         if part not in ("train", "test"):
             return found
+        from ood_core.features import label_table  # with torch, which a task needs nowhere else
+
         labels = label_table(found.label_names, self.class_names)[found.labels]
         return replace(found, labels=labels, label_names=list(self.class_names))
 

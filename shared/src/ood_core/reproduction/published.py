@@ -1,4 +1,4 @@
-"""Published figures and ours beside them: the difference, and a flag where it is too large to be chance.
+"""What known weights are known for: the zero-shot accuracy on ImageNet-1k, ours beside the published one.
 
 Nobody notices a wrong activation or crop by looking at AUROC; the zero-shot accuracy of known weights tells.
 """
@@ -6,131 +6,25 @@ Nobody notices a wrong activation or crop by looking at AUROC; the zero-shot acc
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ood_core.detectors.base import right_predictions
 from ood_core.prompts import resolve_templates
+from ood_core.reproduction.tables import MARGIN, Beside
 
-if TYPE_CHECKING:  # figures alone load no torch
+if TYPE_CHECKING:
     from ood_core.backbones.base import Backbone
     from ood_core.data.sources import ImageSource
 
-__all__ = [
-    "MARGIN",
-    "Beside",
-    "accuracy_beside",
-    "beside",
-    "difference_cells",
-    "imagenet_accuracy",
-    "legend",
-    "zero_shot_beside",
-]
-
-MARGIN = 1.5
-"""Percent points by which a figure may differ from the published one before it is flagged."""
-
-Figures = Mapping[str, Mapping[str, float]]
-"""Place (an OOD set, "average", ...) -> measure -> percent."""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """One of our figures beside the published one, in percent.
-
-    Attributes:
-        row: method or setting.
-        place: OOD set, "average" or what else the table has columns for.
-        measure: "auroc", "fpr95", "accuracy", ...
-        ours: our figure.
-        published: the published one.
-    """
-
-    row: str
-    place: str
-    measure: str
-    ours: float
-    published: float
-
-    @property
-    def difference(self) -> float:
-        """Ours minus the published, percent points."""
-        return self.ours - self.published
-
-    @property
-    def off(self) -> bool:
-        """Whether it is further away than `MARGIN`."""
-        return abs(self.difference) > MARGIN
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        own = {name: getattr(self, name) for name in ("row", "place", "measure", "ours", "published")}
-        return own | {"difference": round(self.difference, 4), "off": self.off}
-
-
-def beside(row: str, ours: Figures, published: Mapping[str, Mapping[str, float] | None]) -> list[Beside]:
-    """The figures that both have; None are the published ones of a place that was left out there.
-
-    Example:
-        >>> beside("MCM", {"SUN": {"auroc": 92.0}}, {"SUN": {"auroc": 92.57, "fpr95": 37.6}})[0].difference
-        -0.5699999999999932
-    """
-    known = {place: measures or {} for place, measures in published.items()}
-    return [
-        Beside(row, place, measure, value, known[place][measure])
-        for place, measures in ours.items()
-        for measure, value in measures.items()
-        if known.get(place, {}).get(measure) is not None
-    ]
-
-
-def difference_cells(found: Sequence[Beside], places: Sequence[str], measures: Sequence[str]) -> list[str]:
-    """A table row of differences, a cell per place, measures apart by " / ", figures that are off marked with "!".
-
-    Example:
-        >>> difference_cells([Beside("MCM", "SUN", "auroc", 90.0, 92.57)], ["SUN", "Places"], ["fpr95", "auroc"])
-        ['- / -2.57!', '']
-    """
-    by_place = {place: {one.measure: one for one in found if one.place == place} for place in places}
-    return [
-        " / ".join(_cell(own[measure]) if measure in own else "-" for measure in measures) if own else ""
-        for own in by_place.values()
-    ]
-
-
-def _cell(one: Beside) -> str:
-    return f"{one.difference:+.2f}{'!' if one.off else ''}"
-
-
-def legend(found: Sequence[Beside]) -> str:
-    """How many figures are off, in a sentence.
-
-    Example:
-        >>> legend([Beside("MCM", "SUN", "auroc", 90.0, 92.57)])
-        '1 of 1 figures is more than 1.5 points from the published one (marked !): MCM, SUN, auroc by -2.57.'
-    """
-    if not found:
-        return "No published figure belongs to these rows."
-    off = sorted((one for one in found if one.off), key=lambda one: -abs(one.difference))
-    if not off:
-        return f"All {len(found)} figures are within {MARGIN} points of the published ones."
-    worst = off[0]
-    return (
-        f"{len(off)} of {len(found)} figures {'is' if len(off) == 1 else 'are'} more than {MARGIN} points from the "
-        f"published one{'' if len(off) == 1 else 's'} (marked !)"
-        f"{'' if len(off) == 1 else ', most'}: {worst.row}, {worst.place}, {worst.measure} by {worst.difference:+.2f}."
-    )
-
-
-# ---- zero-shot accuracy on ImageNet-1k
+__all__ = ["IMAGENET_CLASSES", "accuracy_beside", "imagenet_accuracy", "zero_shot_beside"]
 
 
 @cache
 def _imagenet_rows() -> list[dict[str, Any]]:
-    content = json.loads((files(__name__) / "imagenet_zero_shot.json").read_text(encoding="utf-8"))
+    content = json.loads((files("ood_core.reproduction") / "imagenet_zero_shot.json").read_text(encoding="utf-8"))
     return [{"source": content["source"], **row} for row in content["rows"]]
 
 

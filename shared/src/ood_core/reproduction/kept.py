@@ -1,4 +1,4 @@
-"""Runs that differ in their seed or fold: finished ones are kept under a recipe of all that their figures rest on."""
+"""Finished runs are kept under a recipe of all that their figures rest on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 import hashlib
 import json
 import logging
-import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from ood_core.data.sources import ImageSource
     from ood_core.features import FeatureSet
 
-__all__ = ["UsedImages", "code_version", "kept_runs", "percent", "recipe", "spread", "study_options"]
+__all__ = ["Run", "UsedImages", "code_version", "kept_runs", "recipe"]
 
 log = logging.getLogger(__name__)
 
@@ -202,36 +200,6 @@ def _is_docstring(node: Any) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def study_options(
-    settings: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """The options of every row of a study: what a row varies stands, what was given holds elsewhere.
-
-    Args:
-        settings: label of a row -> the options it sets.
-        given: options that a person asked for.
-        say: gets a sentence for each option that some rows keep as the study has it.
-
-    Raises:
-        UsageError: an option that every row sets, so that it would count nowhere.
-
-    Example:
-        >>> study_options({"all": {}, "few": {"prompts": 4}}, {"prompts": 8, "epochs": 2}, print)
-        prompts=8 holds in all; the study itself sets it in few.
-        {'all': {'prompts': 8, 'epochs': 2}, 'few': {'prompts': 4, 'epochs': 2}}
-    """
-    for name, value in given.items():
-        other = [label for label, own in settings.items() if own.get(name, value) != value]
-        if other and all(name in own for own in settings.values()):
-            raise UsageError(
-                f"{name}={value!r} would count nowhere: the study itself sets it, in {', '.join(other)}. Leave it out."
-            )
-        if other:
-            rest = [label for label in settings if label not in other]
-            say(f"{name}={value!r} holds in {', '.join(rest)}; the study itself sets it in {', '.join(other)}.")
-    return {label: {**given, **own} for label, own in settings.items()}
-
-
 # ---- runs
 
 
@@ -305,42 +273,3 @@ def _short(value: Any) -> str:
         return f"{value['place']} ({value.get('images')} images, {str(value['content'])[:12]})".lstrip()
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
-
-
-def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean, standard deviation (n - 1) and 95 % interval of the mean (Student's t) over runs.
-
-    Args:
-        values: one per run; None where a run has no such figure.
-
-    Returns:
-        "mean", "std", "low", "high" (None from one run) and "runs"; None where a value is None.
-
-    Example:
-        >>> found = spread([0.5, 0.7])
-        >>> round(found["mean"], 3), round(found["std"], 3), found["runs"]
-        (0.6, 0.141, 2)
-    """
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return None
-    mean, count = statistics.fmean(known), len(known)
-    if count == 1:
-        return {"mean": mean, "std": None, "low": None, "high": None, "runs": 1}
-    from scipy.stats import t
-
-    std = statistics.stdev(known)
-    half = float(t.ppf(0.975, count - 1)) * std / math.sqrt(count)
-    return {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "runs": count}
-
-
-def percent(figure: Mapping[str, Any] | None) -> str:
-    """A `spread` of fractions for a table, in percent; "" for None.
-
-    Example:
-        >>> percent({"mean": 0.5, "std": 0.0123}), percent({"mean": 0.5, "std": None})
-        ('50.00±1.23', '50.00')
-    """
-    if figure is None:
-        return ""
-    return f"{100 * figure['mean']:.2f}" + ("" if figure["std"] is None else f"±{100 * figure['std']:.2f}")
