@@ -27,7 +27,6 @@ from ood_core.evaluation import environment
 from ood_core.protocols.catalog import set_entry
 from ood_core.reproduction.kept import Run, kept_runs
 from ood_hvl.layouts import Layout, Task
-from ood_hvl.layouts.survey import relabelled
 from ood_hvl.reproduce import BASELINES, STUDIES, pyramid_features, run_layout, summarise
 from ood_mofe.runner import variants
 
@@ -59,7 +58,7 @@ def open_packs(packs: Path) -> JoinedSources:
 
 def _named(source: JoinedSources) -> ImageSource:
     names = [(SKIN | TISSUE).get(name, name) for name in source.label_names]
-    return relabelled(source, names, np.asarray(source.labels))
+    return source.relabelled(names)
 
 
 def ham_4(joined: JoinedSources) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ImageList"]
+__all__ = ["ImageList", "read_list"]
 
 import os
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class ImageList(FileSource):
         label_names: Sequence[str] | None = None,
     ) -> None:
         file = Path(file)
-        rows = [(path, _label(file, label, label_names)) for path, label in _read(file)]
+        rows = [(path, _label(file, label, label_names)) for path, label in read_list(file)]
         base = file.parent if root is None else Path(root)
         place = _place(file, base, places, *rows[0])
         paths = [os.path.join(base, _fill(place, *row)) for row in rows]
@@ -52,7 +52,13 @@ class ImageList(FileSource):
         self.place = printable(str(file))
 
 
-def _read(file: Path) -> list[tuple[str, str]]:
+def read_list(file: Path) -> list[tuple[str, str]]:
+    """Path and label of every line of an image list.
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: no line, or one of another form.
+    """
     if not file.is_file():
         raise MissingDataError(f"There is no image list {str(file)!r}; check the path.")
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")

@@ -182,9 +182,18 @@ class ImageSource(ABC):
         if self.labels is None:
             raise DataError("The images have no labels to match with class names; use one folder per class.")
         mapping, _ = match_labels(self.label_names, class_names)
+        return self.relabelled(class_names, np.append(mapping, -1)[self.labels])
+
+    def relabelled(self, label_names: Sequence[str], labels: np.ndarray | None = None) -> Self:
+        """The same images with labels of other names.
+
+        Args:
+            label_names: what the labels 0, 1, ... are called.
+            labels: int64 [N], -1 for none; the present ones by default.
+        """
         part = copy.copy(self)
-        part.label_names = part.label_values = list(class_names)
-        part.labels = np.append(mapping, -1)[self.labels]
+        part.label_names = part.label_values = list(label_names)
+        part.labels = self.labels if labels is None else np.asarray(labels, np.int64)
         return part
 
     def _number_names(self, names: Sequence[str], file: PathLike) -> None:

@@ -25,6 +25,8 @@ __all__ = [
     "ContributedProtocol",
     "FoundSet",
     "Protocol",
+    "check_found",
+    "data_root",
     "describe",
     "find_protocol",
     "find_tasks",
@@ -45,7 +47,7 @@ from ood_core.data.sources import ImageSource, PathLike
 from ood_core.errors import UsageError, unknown_name
 from ood_core.protocols.catalog import catalog, set_entry, tasks_of
 from ood_core.protocols.names import class_names as names_of_classes
-from ood_core.protocols.sets import FoundSet, look
+from ood_core.protocols.sets import FoundSet, check_found, data_root, look
 from ood_core.registry import PROTOCOLS
 
 
@@ -90,8 +92,8 @@ class Protocol:
         """The same with WordNet ids for class names; itself where the class folders have names."""
         if not self.wnids:
             return self
-        train, held = (None if s is None else _named(s, self.wnids) for s in (self.train, self.calibration))
-        test = _named(self.test, self.wnids)
+        train, held = (None if s is None else s.relabelled(self.wnids) for s in (self.train, self.calibration))
+        test = self.test.relabelled(self.wnids)
         return replace(self, class_names=list(self.wnids), train=train, calibration=held, test=test)
 
 
@@ -289,8 +291,7 @@ def _find(
     name: str, root: PathLike, overrides: Mapping[str, PathLike] | None, class_names_file: PathLike | None, seed: int
 ) -> Protocol:
     found, classes = look(name, root, overrides)
-    if errors := [row.error for row in found if row.error and not row.dispensable]:
-        raise type(errors[0])(" ".join(map(str, errors)))
+    check_found(found)
     entry = catalog()["protocols"][name]
     spec, rows = set_entry(entry["id"]), {row.name: row for row in found}
     places = [rows[split].path for split in ("test", "train")]
@@ -299,7 +300,7 @@ def _find(
     if "shifted" in entry:
         tested = JoinedSources({other: sources[other] for other in ("test", *entry["shifted"])})
         sources["test"] = tested.with_labels_from(classes)
-    own = {split: _named(sources[split], names) for split in ("train", "calibration", "test") if split in sources}
+    own = {split: sources[split].relabelled(names) for split in ("train", "calibration", "test") if split in sources}
     train, calibration = _few(own.get("train"), own.get("calibration"), entry.get("shots"), seed)
     return Protocol(
         name=name,
@@ -327,12 +328,6 @@ def _few(
     drawn = set(few.ids)
     rest = [index for index, id in enumerate(train.ids) if id not in drawn]
     return few, train.subset(rest) if calibration is None and rest else calibration
-
-
-def _named(source: ImageSource, names: list[str]) -> ImageSource:
-    part = source.subset(slice(None))
-    part.label_names = part.label_values = list(names)
-    return part
 
 
 def _differences(found: list[FoundSet], names: list[str], class_count: int | None) -> list[str]:

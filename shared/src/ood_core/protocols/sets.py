@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ class FoundSet:
         images: how many were found.
         expected: how many the paper's set has; None where that is not known.
         error: why it cannot be used.
-        source: the images.
+        content: what was read there: the images, or a table.
+        optional: it need not be there; but what is there must be usable.
     """
 
     name: str
@@ -38,7 +39,25 @@ class FoundSet:
     images: int
     expected: int | None
     error: MissingDataError | DataError | None = None
-    source: ImageSource | None = field(default=None, repr=False)
+    content: Any = field(default=None, repr=False)
+    optional: bool = False
+
+    @classmethod
+    def read(
+        cls, name: str, path: Path, expected: int | None, read: Callable[[Path], Any], *, optional: bool = False
+    ) -> FoundSet:
+        """What a function makes of a path, with its length as the count; or why it cannot."""
+        try:
+            content = read(path)
+        except (MissingDataError, DataError) as error:
+            there = path if path.exists() else None
+            return cls(name, there, 0, expected, type(error)(f"{name}: {error}"), optional=optional)
+        return cls(name, path, len(content), expected, None, content, optional)
+
+    @property
+    def source(self) -> ImageSource | None:
+        """The images, where it is images that were looked for."""
+        return self.content if isinstance(self.content, ImageSource) else None
 
     @property
     def differs(self) -> bool:
@@ -47,8 +66,8 @@ class FoundSet:
 
     @property
     def dispensable(self) -> bool:
-        """Zero-shot methods need no training images, and scores no threshold; those of an override must be there."""
-        return self.name in ("train", "calibration") and self.path is None
+        """Optional, and not there."""
+        return self.optional and self.path is None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: "set", "path", "images", "expected", "error"."""
@@ -56,11 +75,31 @@ class FoundSet:
         return {"set": self.name, "path": path, "images": self.images, "expected": self.expected, "error": error}
 
 
+def check_found(found: Iterable[FoundSet]) -> None:
+    """Raise the errors of everything that is not there and not optional, or is there and cannot be used.
+
+    Raises:
+        MissingDataError, DataError: the kind of the first; the message has all of them.
+    """
+    if errors := [row.error for row in found if row.error and not row.dispensable]:
+        raise type(errors[0])(" ".join(map(str, errors)))
+
+
+def data_root(root: PathLike) -> Path:
+    """The folder with all data.
+
+    Raises:
+        MissingDataError: no such folder.
+    """
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise MissingDataError(f"There is no folder {str(path)!r}; give the folder that holds the data sets.")
+    return path
+
+
 def look(name: str, root: PathLike, overrides: Mapping[str, PathLike] | None) -> tuple[list[FoundSet], list[str]]:
     """Every set of a protocol, and the folders of the ID classes."""
-    root, given = Path(root).expanduser(), dict(overrides or {})
-    if not root.is_dir():
-        raise MissingDataError(f"There is no folder {str(root)!r}; give the folder that holds the data sets.")
+    root, given = data_root(root), dict(overrides or {})
     protocol = catalog()["protocols"][name]
     id_set, class_list = set_entry(protocol["id"]), given.pop("class_list", None)
     if class_list is not None and "class_list" not in id_set:
@@ -94,7 +133,8 @@ def _find(name: str, split: str, spec: Mapping[str, Any], root: Path, override: 
             f"{name}: none of {', '.join(map(str, places))} is {_kind(places, spec)}; "
             f"give another place as an override of {name!r}, or get it: {spec['published']}."
         )
-        return FoundSet(name, None, 0, expected, error)
+        # Zero-shot methods need no training images, and scores no threshold; those of an override must be there.
+        return FoundSet(name, None, 0, expected, error, optional=name in ("train", "calibration"))
     try:
         source = _open(path, root, spec)
         if is_class and not isinstance(source, ParquetImages):
@@ -198,15 +238,15 @@ def _restrict(row: FoundSet, classes: list[str], spec: Mapping[str, Any]) -> Fou
         return row
     if row.source.labels is None:
         error = DataError(f"{row.name}: the images in {str(row.path)!r} have no labels; add a column `label`.")
-        return replace(row, images=0, error=error, source=None)
+        return replace(row, images=0, error=error, content=None)
     source = row.source.with_labels_from(classes)
     source = source.subset(np.flatnonzero(np.asarray(source.labels) >= 0))
     absent = sorted(set(classes) - set(row.source.label_names))
     if len(source) and not (absent and "classes" in spec):
-        return replace(row, images=len(source), source=source)
+        return replace(row, images=len(source), content=source)
     error = DataError(
         f"{row.name}: {str(row.path)!r} lacks {len(absent)} of the {len(classes)} classes "
         f"({', '.join([*absent[:3], *(['...'] if absent[3:] else [])])})"
         + (f"; their list is {spec['class_list_published']}." if "class_list" in spec else ".")
     )
-    return replace(row, images=0, error=error, source=None)
+    return replace(row, images=0, error=error, content=None)

@@ -6,13 +6,15 @@ __all__ = ["isic_4", "look_for_isic"]
 
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from ood_core.data.sources import ImageFolder, ImageSource, PathLike
 from ood_core.errors import DataError, MissingDataError
+from ood_core.protocols import FoundSet, data_root
 
-from ood_hvl.layouts.survey import Layout, Survey, data_root, relabelled
+from ood_hvl.layouts.survey import Layout, Survey
 from ood_hvl.layouts.tasks import fold_tasks
 
 _IMAGES, _TRUTH, _LESIONS = (f"ISIC_2019_Training_{part}" for part in ("Input", "GroundTruth.csv", "Metadata.csv"))
@@ -55,13 +57,12 @@ def isic_4(root: PathLike, *, folds: str = "grouped", fold_count: int = 5, seed:
         ['melanocytic nevus', 'melanoma', 'dermatofibroma', 'vascular lesion']
     """
     survey = look_for_isic(data_root(root))
-    notes = survey.check(optional=[_LESIONS])
-    source, lesions = survey.values["diagnosed images"], survey.values.get(_LESIONS)
-    notes += _left_out(survey)
+    notes = survey.notes() + _left_out(survey)
+    source, lesions = survey["diagnosed images"], survey[_LESIONS]
     groups = None if lesions is None else [lesions.get(_plain(id)) for id in source.ids]
-    ood = {"+".join(list(_DISEASES)[_KNOWN:]): np.flatnonzero(source.labels >= _KNOWN)}
-    names = _NAMES[:_KNOWN]
-    tasks = fold_tasks("isic-4", source, names, ood, groups, notes, kind=folds, count=fold_count, seed=seed)
+    known, unknown = _NAMES[:_KNOWN], "+".join(list(_DISEASES)[_KNOWN:])
+    options: dict[str, Any] = {"kind": folds, "count": fold_count, "seed": seed}
+    tasks = fold_tasks("isic-4", source, known, groups, unknown, notes, **options)
     return Layout("isic-4", source, tasks, survey.found, notes)
 
 
@@ -70,12 +71,12 @@ def look_for_isic(root: Path) -> Survey:
     survey, folder = Survey(), root / _IMAGES
     images = survey.look(_IMAGES, folder, _TOTAL, _read_images)
     truth = survey.look(_TRUTH, root / _TRUTH, _TOTAL, _read_truth)
-    survey.look(_LESIONS, root / _LESIONS, None, _read_lesions)
+    survey.look(_LESIONS, root / _LESIONS, None, _read_lesions, optional=True)
     if images is None or truth is None:
         return survey
     if (source := survey.look("diagnosed images", folder, _TOTAL, partial(_join, images, truth))) is not None:
         for label, (code, (_, expected)) in enumerate(_DISEASES.items()):
-            survey.count(code, folder, int((source.labels == label).sum()), expected)
+            survey.found.append(FoundSet(code, folder, int((source.labels == label).sum()), expected))
     return survey
 
 
@@ -152,11 +153,11 @@ def _join(images: ImageSource, truth: pd.Series, folder: Path) -> ImageSource:
         )
     labels = truth.reindex(names, fill_value=-1).to_numpy()
     chosen = np.flatnonzero(labels >= 0)
-    return relabelled(images.subset(chosen), _NAMES, labels[chosen])
+    return images.subset(chosen).relabelled(_NAMES, labels[chosen])
 
 
 def _left_out(survey: Survey) -> list[str]:
-    images, truth = survey.values[_IMAGES], survey.values[_TRUTH]
+    images, truth = survey[_IMAGES], survey[_TRUTH]
     unknown, beside = int((truth < 0).sum()), len(images) - len(truth)
     notes = [f"{unknown} images of the class UNK are left out."] if unknown else []
     return notes + ([f"{beside} images without a row in {_TRUTH} are left out."] if beside else [])

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageSource, Manifest, ParquetImages, PathLike, match_labels, open_source
 from ood_core.errors import DataError, UsageError, unknown_name
 from ood_core.protocols import FoundSet
 
 from ood_hvl.layouts.survey import Layout
-from ood_hvl.layouts.tasks import FOLDS, Task, fold_tasks, split_task
+from ood_hvl.layouts.tasks import FOLDS, fold_tasks, split_task
 
 _LESION = "lesion_id"
 
@@ -67,11 +66,15 @@ def leave_classes_out(
     notes = _notes(whole)
     sets = [_known_names(whole, names) for names in _nested(held_out)]
     if isinstance(whole, JoinedSources):
-        tasks = [_split(whole, names, notes) for names in sets]
+        train, unseen = (whole.rows_of(part) for part in ("train", "test"))
+        tasks = [
+            split_task(f"leave-out-{out}", whole, known, (train, unseen, unseen), out, notes) for known, out in sets
+        ]
     else:
         lesions = _lesions(source, whole, groups)
         options: dict[str, Any] = {"kind": folds, "count": fold_count, "seed": seed}
-        tasks = [task for names in sets for task in _folds(whole, names, lesions, notes, options)]
+        cut = [fold_tasks(f"leave-out-{out}", whole, known, lesions, out, notes, **options) for known, out in sets]
+        tasks = [task for of_set in cut for task in of_set]
     return Layout("leave-classes-out", whole, tasks, found, notes)
 
 
@@ -88,55 +91,20 @@ def _nested(held_out: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]
     return sets
 
 
-def _known_names(whole: ImageSource, held_out: list[str]) -> tuple[list[str], list[str]]:
-    """Known and held-out classes by the names of their labels."""
+def _known_names(whole: ImageSource, held_out: list[str]) -> tuple[list[str], str]:
+    """The known classes as prompts have them, and the held-out ones by the names of their labels, as one."""
     if whole.labels is None:
         raise DataError("The images have no labels to hold classes out of; use one folder per class.")
     positions, unknown = match_labels(held_out, whole.label_names)
     if unknown:
         raise unknown_name("class", unknown[0], whole.label_names)
     out = sorted({whole.label_names[position] for position in positions})
-    known = [name for name in whole.label_names if name not in out]
+    known = [name.replace("_", " ") for name in whole.label_names if name not in out]
     if len(known) < 2:
         raise UsageError(
             f"Without {', '.join(out)} there are {len(known)} classes to tell apart; at least 2 must be known."
         )
-    return known, out
-
-
-def _split(whole: JoinedSources, names: tuple[list[str], list[str]], notes: list[str]) -> Task:
-    known, out = names
-    train, test = (whole.rows_of(part) for part in ("train", "test"))
-    unknown = test[np.isin(np.asarray(whole.labels)[test], _numbers(whole, out))]
-    return split_task(_task_name(out), whole, _spaced(known), train, test, {_set_name(out): unknown}, notes)
-
-
-def _folds(
-    whole: ImageSource,
-    names: tuple[list[str], list[str]],
-    groups: Sequence[Any] | None,
-    notes: list[str],
-    options: dict[str, Any],
-) -> list[Task]:
-    known, out = names
-    unknown = np.flatnonzero(np.isin(np.asarray(whole.labels), _numbers(whole, out)))
-    return fold_tasks(_task_name(out), whole, _spaced(known), {_set_name(out): unknown}, groups, notes, **options)
-
-
-def _numbers(whole: ImageSource, names: list[str]) -> list[int]:
-    return [whole.label_names.index(name) for name in names]
-
-
-def _spaced(names: list[str]) -> list[str]:
-    return [name.replace("_", " ") for name in names]
-
-
-def _set_name(held_out: list[str]) -> str:
-    return "+".join(held_out)
-
-
-def _task_name(held_out: list[str]) -> str:
-    return f"leave-out-{_set_name(held_out)}"
+    return known, "+".join(out)
 
 
 def _lesions(spec: Any, whole: ImageSource, groups: str | Mapping[str, str] | None) -> list[Any] | None:

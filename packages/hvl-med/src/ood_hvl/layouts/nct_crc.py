@@ -11,9 +11,10 @@ import numpy as np
 from ood_core.data.joined import JoinedSources
 from ood_core.data.sources import ImageFolder, ImageSource, PathLike
 from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
+from ood_core.protocols import data_root
 
-from ood_hvl.layouts.survey import Layout, Survey, data_root, relabelled
-from ood_hvl.layouts.tasks import Task, split_task
+from ood_hvl.layouts.survey import Layout, Survey
+from ood_hvl.layouts.tasks import split_task
 
 OOD_TRIPLES = (("ADI", "BACK", "DEB"), ("LYM", "MUC", "MUS"), ("NORM", "STR", "TUM"))
 """The tissues unknown in each task: every tissue once. Our choice, the paper does not say which."""
@@ -54,22 +55,16 @@ def nct_crc(root: PathLike, *, ood_triples: Sequence[Sequence[str]] = OOD_TRIPLE
     if not triples:
         raise UsageError("ood_triples=[] names no task: give at least one set of unknown tissues.")
     survey = look_for_nct_crc(data_root(root))
-    notes = survey.check()
+    notes = survey.notes()
     notes.append(f"Unknown tissues by task: {', '.join(map('+'.join, triples))}; the paper does not say which.")
-    joined = JoinedSources({name: survey.values[name] for name in _COUNTS})
+    joined = JoinedSources({name: survey[name] for name in _COUNTS})
     codes = np.array([list(_TISSUES).index(name) for name in joined.label_names])
-    source = relabelled(joined, list(_TISSUES.values()), codes[np.asarray(joined.labels)])
-    rows = [joined.rows_of(name) for name in _COUNTS]
-    tasks = [_task(source, rows, triple, notes) for triple in triples]
+    source = joined.relabelled(list(_TISSUES.values()), codes[np.asarray(joined.labels)])
+    rows, tasks = [joined.rows_of(name) for name in (_TRAIN, _TEST, _TEST)], []
+    for triple in triples:
+        known, ood = [name for code, name in _TISSUES.items() if code not in triple], "+".join(triple)
+        tasks.append(split_task(f"nct-crc-{ood}", source, known, rows, ood, notes))
     return Layout("nct-crc", source, tasks, survey.found, notes)
-
-
-def _task(source: ImageSource, rows: list[np.ndarray], triple: tuple[str, ...], notes: list[str]) -> Task:
-    train, test = rows
-    names, ood = [name for code, name in _TISSUES.items() if code not in triple], "+".join(triple)
-    numbers = [list(_TISSUES).index(code) for code in triple]
-    unknown = test[np.isin(np.asarray(source.labels)[test], numbers)]
-    return split_task(f"nct-crc-{ood}", source, names, train, test, {ood: unknown}, notes)
 
 
 def look_for_nct_crc(root: Path) -> Survey:

@@ -1,26 +1,60 @@
-"""The benchmarks by name."""
+"""The benchmarks by name, and as protocols: `ood evaluate --protocol isic-4`, or one fold, `isic-4-grouped-1`."""
 
 from __future__ import annotations
 
-__all__ = ["find_layout", "inspect_layout", "list_layouts"]
+__all__ = ["ISIC_4", "NCT_CRC", "SKIN_40", "find_layout", "inspect_layout", "list_layouts"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ood_core.data.sources import PathLike
 from ood_core.errors import unknown_name
-from ood_core.protocols import FoundSet
+from ood_core.protocols import ContributedProtocol, FoundSet, Protocol, data_root
 
 from ood_hvl.layouts.isic import isic_4, look_for_isic
-from ood_hvl.layouts.nct_crc import look_for_nct_crc, nct_crc
+from ood_hvl.layouts.nct_crc import OOD_TRIPLES, look_for_nct_crc, nct_crc
 from ood_hvl.layouts.sd198 import look_for_sd198, skin_40
-from ood_hvl.layouts.survey import Layout, Survey, data_root
+from ood_hvl.layouts.survey import Layout, Survey
 
-_LAYOUTS: dict[str, tuple[Callable[[Path], Survey], Callable[..., Layout]]] = {
-    "isic-4": (look_for_isic, isic_4),
-    "skin-40": (look_for_sd198, skin_40),
-    "nct-crc": (look_for_nct_crc, nct_crc),
+
+def _protocol(
+    title: str, ood: Iterable[str], look: Callable[[Path], Survey], make: Callable[[Path], Layout]
+) -> ContributedProtocol:
+    """A benchmark for the core's finder; what is unknown are diseases and tissues near the known ones."""
+
+    def inspect(root: Path) -> list[FoundSet]:
+        return look(data_root(root)).found
+
+    def find(root: Path) -> list[Protocol]:
+        layout = make(root)
+        return [
+            Protocol(
+                name=task.name,
+                title=title,
+                class_names=task.class_names,
+                wnids=[],
+                train=task.train,
+                test=task.test,
+                ood=task.ood,
+                found=layout.found,
+                notes=task.notes,
+                kinds=dict.fromkeys(task.ood, "near"),
+            )
+            for task in layout.tasks
+        ]
+
+    return ContributedProtocol(title, dict.fromkeys(ood, "near"), inspect, find)
+
+
+ISIC_4 = _protocol("ISIC-4", ["BCC+AK+BKL+SCC"], look_for_isic, isic_4)
+SKIN_40 = _protocol("Skin-40", ["other classes"], look_for_sd198, skin_40)
+NCT_CRC = _protocol("NCT-CRC", map("+".join, OOD_TRIPLES), look_for_nct_crc, nct_crc)
+
+_LAYOUTS: dict[str, tuple[ContributedProtocol, Callable[..., Layout]]] = {
+    "isic-4": (ISIC_4, isic_4),
+    "skin-40": (SKIN_40, skin_40),
+    "nct-crc": (NCT_CRC, nct_crc),
 }
 
 
@@ -53,7 +87,7 @@ def inspect_layout(name: str, root: PathLike) -> list[FoundSet]:
         NCT-CRC-HE-100K  100,000 of 100,000  /data/NCT-CRC-HE-100K
         CRC-VAL-HE-7K        7,180 of 7,180  /data/CRC-VAL-HE-7K
     """
-    return _entry(name)[0](data_root(root)).found
+    return _entry(name)[0].inspect(Path(root))
 
 
 def find_layout(name: str, root: PathLike, **options: Any) -> Layout:
@@ -76,7 +110,7 @@ def find_layout(name: str, root: PathLike, **options: Any) -> Layout:
     return _entry(name)[1](root, **options)
 
 
-def _entry(name: str) -> tuple[Callable[[Path], Survey], Callable[..., Layout]]:
+def _entry(name: str) -> tuple[ContributedProtocol, Callable[..., Layout]]:
     if name not in _LAYOUTS:
         raise unknown_name("layout", name, _LAYOUTS)
     return _LAYOUTS[name]

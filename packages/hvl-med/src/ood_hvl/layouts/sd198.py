@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from ood_core.data.lists import read_list
 from ood_core.data.sources import ImageFolder, ImageSource, PathLike, match_labels
 from ood_core.errors import DataError, MissingDataError
 from ood_core.prompts import read_class_names
+from ood_core.protocols import data_root
 
-from ood_hvl.layouts.survey import Layout, Survey, data_root
+from ood_hvl.layouts.survey import Layout, Survey
 from ood_hvl.layouts.tasks import split_task
 
 _IMAGES, _CLASSES, _TRAIN, _TEST = "SD-198/images", "skin40_classes.txt", "skin40_train.txt", "skin40_test.txt"
@@ -42,26 +44,26 @@ def skin_40(root: PathLike, *, seed: int = 0) -> Layout:
         'Acne Keloidalis Nuchae'
     """
     survey = look_for_sd198(data_root(root))
-    lists = [survey.values[name] for name in (_TRAIN, _TEST) if name in survey.values]
-    notes = survey.check([_CLASSES] if lists else [_CLASSES, _TRAIN, _TEST])
-    source = survey.values["images"]
-    classes = survey.values.get(_CLASSES) or (_listed_classes(source, lists) if lists else _largest(source, notes))
+    notes, source = survey.notes(), survey["images"]
+    lists = [survey[name] for name in (_TRAIN, _TEST) if survey[name]]
+    classes = survey[_CLASSES] or (_listed_classes(source, lists) if lists else _largest(source, notes))
     train, test = _rows_of(source, lists, classes) if lists else _draw(source, classes, seed, notes)
     names = [name.replace("_", " ") for name in classes]
-    others = np.array([name not in classes for name in source.label_names] + [False])
-    ood = {"other classes": np.flatnonzero(others[source.labels])}
-    task = split_task("skin-40", source, names, train, test, ood, notes)
-    return Layout("skin-40", source, [task], survey.found, notes)
+    rows = (train, test, np.arange(len(source)))
+    return Layout(
+        "skin-40", source, [split_task("skin-40", source, names, rows, "other classes", notes)], survey.found, notes
+    )
 
 
 def look_for_sd198(root: Path) -> Survey:
-    """Images and lists."""
-    survey = Survey()
+    """Images and lists; one of the two lists of images asks for the other."""
+    survey, places = Survey(), {name: _place(root, name) for name in (_CLASSES, _TRAIN, _TEST)}
     source = survey.look("images", root / _IMAGES, 6584, _read_images)
     if source is not None:
-        survey.look(_CLASSES, _place(root, _CLASSES), _CLASS_COUNT, partial(_read_classes, source))
+        survey.look(_CLASSES, places[_CLASSES], _CLASS_COUNT, partial(_read_classes, source), optional=True)
+        neither = not any(places[name].is_file() for name in (_TRAIN, _TEST))
         for name in (_TRAIN, _TEST):
-            survey.look(name, _place(root, name), None, partial(_read_list, source))
+            survey.look(name, places[name], None, partial(_read_list, source), optional=neither)
     return survey
 
 
@@ -94,16 +96,13 @@ def _read_list(source: ImageSource, path: Path) -> list[tuple[int, str]]:
     """(row, label) of every line."""
     if not path.is_file():
         raise MissingDataError(f"there is no file {str(path)!r}.")
-    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if wrong := [words for words in lines if len(words) < 2]:
-        raise DataError(f"{str(path)!r} has the line {wrong[0][0]!r}; write path, space, label.")
-    row = {id: position for position, id in enumerate(source.ids)}
-    ids = ["/".join(" ".join(words[:-1]).replace("\\", "/").split("/")[-2:]) for words in lines]
+    lines, row = read_list(path), {id: position for position, id in enumerate(source.ids)}
+    ids = ["/".join(image.replace("\\", "/").split("/")[-2:]) for image, _ in lines]
     if absent := [id for id in ids if id not in row]:
         raise MissingDataError(
             f"{len(absent):,} of the {len(ids):,} images of {str(path)!r} are not there, first {absent[0]!r}."
         )
-    return [(row[id], words[-1]) for id, words in zip(ids, lines, strict=True)]
+    return [(row[id], label) for id, (_, label) in zip(ids, lines, strict=True)]
 
 
 Lists = Sequence[list[tuple[int, str]]]

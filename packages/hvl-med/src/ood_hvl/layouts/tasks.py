@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["FOLDS", "Task", "fold_tasks", "folds", "split_task"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -76,6 +76,11 @@ class Task:
         """The images of unknown classes by set, with the labels of `source`, which say what they are."""
         return {name: self.source.subset(rows) for name, rows in self.rows.items() if name not in ("train", "test")}
 
+    def describe(self) -> str:
+        """Its name and its numbers of classes and images."""
+        parts = ", ".join(f"{part} {len(rows):,}" for part, rows in self.rows.items())
+        return f"{self.name}: {len(self.class_names)} classes, {parts}"
+
     def rows_among(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Where the images of every part stand among `ids`; those that are not there are left out.
 
@@ -87,10 +92,10 @@ class Task:
             int64 positions by part, in the order of `rows`.
         """
         at = {id: position for position, id in enumerate(ids)}
-        return {
-            part: np.array([at[id] for row in rows if (id := self.source.ids[row]) in at], np.int64)
-            for part, rows in self.rows.items()
-        }
+        return {part: np.array([at[id] for id in self._ids(part) if id in at], np.int64) for part in self.rows}
+
+    def _ids(self, part: str) -> list[str]:
+        return [self.source.ids[row] for row in self.rows[part]]
 
     def features(self, whole: FeatureSet) -> dict[str, FeatureSet]:
         """The parts of the features of `source`, joined by id.
@@ -110,7 +115,7 @@ class Task:
             ['train', 'test', 'BCC+AK+BKL+SCC']
         """
         known = {*whole.ids, *(id for id, _ in whole.failures)}
-        used = [self.source.ids[row] for rows in self.rows.values() for row in rows]
+        used = [id for part in self.rows for id in self._ids(part)]
         if absent := [id for id in used if id not in known]:
             raise DataError(
                 f"{self.name}: the features lack {len(absent)} of its {len(used)} images, first {absent[0]!r}; "
@@ -119,15 +124,13 @@ class Task:
         return {part: self._part(whole, part, at) for part, at in self.rows_among(whole.ids).items()}
 
     def _part(self, whole: FeatureSet, part: str, at: np.ndarray) -> FeatureSet:
-        ids = {self.source.ids[row] for row in self.rows[part]}
-        failures = [failure for failure in whole.failures if failure[0] in ids]
-        found = replace(whole[at], failures=failures)
+        ids = set(self._ids(part))
+        found = replace(whole[at], failures=[failure for failure in whole.failures if failure[0] in ids])
         if part not in ("train", "test"):
             return found
-        import torch
+        from ood_core.features import label_table  # with torch, which a task needs nowhere else
 
-        label = dict(zip(self.source.ids, self.labels.tolist(), strict=True))
-        labels = torch.tensor([label[id] for id in found.ids], dtype=torch.int64)
+        labels = label_table(found.label_names, self.class_names)[found.labels]
         return replace(found, labels=labels, label_names=list(self.class_names))
 
 
@@ -202,45 +205,51 @@ def split_task(
     name: str,
     source: ImageSource,
     class_names: list[str],
-    train: np.ndarray,
-    test: np.ndarray,
-    ood: Mapping[str, np.ndarray],
+    rows: Sequence[np.ndarray],
+    ood: str,
     notes: list[str],
 ) -> Task:
-    """The task with the images of known classes among the rows `train` and `test`."""
+    """The task of some known classes; images of all other classes are unknown, those without a label are left out.
+
+    Args:
+        name: of the task.
+        source: every image of the layout.
+        class_names: the known classes.
+        rows: three: where known images to train on, known images to test on and unknown images are taken from.
+        ood: name of the OOD set.
+        notes: of the task.
+    """
     known = np.asarray(source.with_labels_from(class_names).labels) >= 0
-    rows = {"train": train[known[train]], "test": test[known[test]], **ood}
-    return Task(name, class_names, source, {part: np.sort(at).astype(np.int64) for part, at in rows.items()}, notes)
+    unknown = ~known & (np.asarray(source.labels) >= 0)
+    parts = dict(zip(("train", "test", ood), rows, strict=True))
+    taken = {part: at[(unknown if part == ood else known)[at]] for part, at in parts.items()}
+    return Task(name, class_names, source, {part: np.sort(at).astype(np.int64) for part, at in taken.items()}, notes)
 
 
 def fold_tasks(
     name: str,
     source: ImageSource,
     class_names: list[str],
-    ood: Mapping[str, np.ndarray],
     groups: Sequence[Any] | None,
+    ood: str,
     notes: list[str],
-    *,
-    kind: str,
-    count: int,
-    seed: int,
+    **options: Any,
 ) -> list[Task]:
-    """A task per fold of the images of known classes; every fold has all OOD images."""
+    """A task per fold of the images of known classes; every fold has all unknown images. Options: see `folds`."""
     labels = np.asarray(source.with_labels_from(class_names).labels)
     known = np.flatnonzero(labels >= 0)
     own = None if groups is None else [groups[row] for row in known.tolist()]
-    cut = folds(labels[known], own, kind=kind, count=count, seed=seed, class_names=class_names)
-    notes = [*notes, _fold_note(kind, groups is not None)]
-    kind = kind if groups is not None else "stratified"
+    cut = folds(labels[known], own, class_names=class_names, **options)
+    kind = "stratified" if groups is None else options["kind"]
+    notes, everywhere = [*notes, _NOTES[kind if groups is not None else "no groups"]], np.arange(len(source))
     return [
-        split_task(f"{name}-{kind}-{number}", source, class_names, known[train], known[test], ood, notes)
+        split_task(f"{name}-{kind}-{number}", source, class_names, [known[train], known[test], everywhere], ood, notes)
         for number, (train, test) in enumerate(cut, 1)
     ]
 
 
-def _fold_note(kind: str, grouped: bool) -> str:
-    if not grouped:
-        return "No lesion ids are known: the folds are stratified, a lesion may be in both train and test."
-    if kind == "stratified":
-        return "The folds are stratified as in the paper: images of a lesion may be in both train and test."
-    return "The folds are grouped: no lesion is in both train and test."
+_NOTES = {
+    "no groups": "No lesion ids are known: the folds are stratified, a lesion may be in both train and test.",
+    "stratified": "The folds are stratified as in the paper: images of a lesion may be in both train and test.",
+    "grouped": "The folds are grouped: no lesion is in both train and test.",
+}
