@@ -221,7 +221,7 @@ EXAMPLES = {
     "detector (vim)": r"\bViM\b|detectors\.vim\b",
     "backbone (timm)": r"\bTimmBackbone\b|backbones\.timm\b",
     "protocol (openood-imagenet)": r"\bopenood-imagenet\b",
-    "kernel (topk_patch_softmax)": r"ops\.topk_patch_softmax\.triton\b",
+    "kernel (tile_sums)": r"\btile_sums\b",
 }
 """Something that there is of each kind, and how files name it."""
 

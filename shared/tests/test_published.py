@@ -118,14 +118,14 @@ def test_printed_differences_have_the_columns_that_are_there(capsys):
 
 
 def test_a_papers_table_is_read_from_the_methods_package(tmp_path, monkeypatch):
-    folder = tmp_path / "some_method" / "published"
+    folder = tmp_path / "method_with_tables" / "published"
     folder.mkdir(parents=True)
-    (tmp_path / "some_method/__init__.py").write_text("")
+    (tmp_path / "method_with_tables/__init__.py").write_text("")
     (folder / "table2.json").write_text('{"rows": []}')
     monkeypatch.syspath_prepend(tmp_path)
-    assert published_table("some_method", 2) == {"rows": []}
+    assert published_table("method_with_tables", 2) == {"rows": []}
     with pytest.raises(UsageError, match=r"Unknown table of the paper '3'.*2"):
-        published_table("some_method", 3)
+        published_table("method_with_tables", 3)
 
 
 @pytest.mark.parametrize(
