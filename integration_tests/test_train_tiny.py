@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,8 @@ def recipe(script):
 
 
 def weights(training):
-    return {name: value.clone() for name, value in training.model.state_dict().items()}
+    states = training.model.state_dict() | training.averaged.state_dict()
+    return {name: value.clone() for name, value in states.items()}
 
 
 def test_a_resumed_run_ends_bit_identical(script, packs, recipe, tmp_path):
@@ -106,14 +108,54 @@ def test_exported_weights_are_the_trained_function_and_a_run_continues_from_them
     torch.testing.assert_close(again, backbone.encode_dense(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_patch_beside_the_object_is_to_look_like_every_class(script):
-    one_hot = torch.eye(4)[[0, 1, 2]]
-    objects = torch.zeros(1, 8, 8)
-    objects[0, :4] = 1  # the last image's object fills its upper half
-    targets = script.patch_targets(one_hot, objects, patches=4)
-    assert torch.equal(targets[:2], one_hot[:2, None].expand(2, 4, 4))  # no mask: the class everywhere
-    assert torch.equal(targets[2, :2], one_hot[2].expand(2, 4))
-    assert torch.equal(targets[2, 2:], torch.full((2, 4), 0.25))
+def test_a_patch_is_of_what_covers_it_and_for_the_rest_of_every_class_alike(script):
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[0, 0, :4] = 1  # the upper half
+    masks[0, 1, 4:, :4] = 1  # the lower left quarter
+    of_image, of_patches = script.class_shares(torch.tensor([[2, 0]]), masks, side=2, classes=4)
+    torch.testing.assert_close(of_image, torch.tensor([[1 / 3, 0, 2 / 3, 0]]))
+    expected = torch.stack([torch.eye(4)[2], torch.eye(4)[2], torch.eye(4)[0], torch.full((4,), 0.25)])
+    assert torch.equal(of_patches[0], expected)
+
+
+def test_a_mosaic_has_four_photographs_where_its_masks_say(script):
+    x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16)
+    joined, labels, masks = script.mosaics(x, torch.arange(8))
+    assert labels.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert joined[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert torch.equal((masks * labels[:, :, None, None]).sum(1), joined[:, 0])
+
+
+def test_a_pasted_object_hides_the_one_behind_it(script):
+    x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    objects = torch.zeros(2, 4, 4)
+    objects[0, :2] = 1  # the upper half of the first, everything of the second
+    objects[1] = 1
+    pasted, labels, masks = script.paste(x, torch.tensor([7, 9]), objects, share=0.5)
+    assert pasted[0, 0].tolist() == [[1.0] * 4] * 2 + [[2.0] * 4] * 2
+    assert torch.equal(pasted[1], x[1])  # only half of the scenes are pasted
+    assert labels.tolist() == [[7, 9], [9, 7]]
+    assert masks.sum((2, 3)).tolist() == [[8, 8], [16, 0]]
+
+
+def test_only_the_best_patches_have_to_show_the_class(script):
+    logits = torch.zeros(1, 4, 2)
+    logits[0, 0, 1] = 50.0
+    assert script.best_patches_loss(logits, torch.tensor([1]), 0.25).item() == pytest.approx(0, abs=1e-6)
+    assert script.best_patches_loss(logits, torch.tensor([1]), 0.5).item() == pytest.approx(math.log(2) / 2)
+
+
+def test_the_exported_average_follows_the_weights_at_its_decay(script, packs, recipe, tmp_path):
+    training = script.Training(packs, tmp_path, "cpu", replace(recipe, average=0.75))
+    training.train_step()
+    first = training.model.classes.detach().clone()
+    training.train_step()
+    torch.testing.assert_close(training.averaged.module.classes, 0.75 * first + 0.25 * training.model.classes)
+
+
+def test_the_demo_s_near_classes_are_not_trained_on(script):
+    assert len(script.SCENE_NAMES) == 56
+    assert not set(script.SCENE_NAMES) & set(script.scenes.NEAR_OOD_CLASSES)
 
 
 def test_masks_are_cut_with_their_images(script, recipe):

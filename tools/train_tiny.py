@@ -25,7 +25,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,16 @@ from ood_core.tiny.model import MEAN, STD
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "shared/src/ood_core/tiny"
 TEMPLATES = ["a photo of a {}", "a photo of a {}.", "{}", "{}.", "a {}", "a picture of a {}", "an image of a {}"]
-SCENE_NAMES = [f"{material} {shape}" for material in scenes.MATERIALS for shape in scenes.SHAPES]
+SCENE_NAMES = [
+    name
+    for name in (f"{material} {shape}" for material in scenes.MATERIALS for shape in scenes.SHAPES)
+    if name not in scenes.NEAR_OOD_CLASSES  # unknown to the demo, so unknown to its backbone
+]
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,14 @@ class Recipe:
     crop_area: float = 0.5
     jitter: float = 0.15
     label_smoothing: float = 0.05
-    patch_weight: float = 0.5
+    average: float = 0.999  # decay per step of the running average of the weights, which is what is exported
+    mosaic_share: float = 0.5  # of the photographs, four of which make one image
+    mosaic_weight: float = 0.2  # of the patches of mosaics
+    best_share: float = 0.2  # of a single photograph's patches: those that have to show its class
+    best_weight: float = 0.225
     scene_share: float = 0.12
+    paste_share: float = 0.5  # of the scenes: with another scene and its object behind the object
+    scene_weight: float = 0.075  # of the patches of scenes
     scenes_per_class: int = 150
     texts: int = 64
     text_every: int = 4  # steps: the text tower only follows the class matrix
@@ -266,28 +277,67 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return min(1.0, (step + 1) / recipe.warmup, (1 - step / recipe.steps) / (1 - recipe.steady))
 
 
-def patch_targets(one_hot: Tensor, objects: Tensor, patches: int) -> Tensor:
-    """Class shares [B, P, C] for every patch: its image's class [B, C] as far as the object covers it, else all alike.
+def mosaics(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [4 M, 3, H, W] at half size, joined two by two: images, labels [M, 4], masks of the tiles [M, 4, H, W]."""
+    count, size = len(x) // 4, x.shape[-1]
+    tiles = F.avg_pool2d(x, 2).view(count, 2, 2, 3, size // 2, size // 2)
+    joined = tiles.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, size, size)
+    masks = torch.eye(4, device=x.device).view(1, 4, 2, 2).expand(count, 4, 2, 2)
+    return joined, labels.view(count, 4), F.interpolate(masks, scale_factor=size // 2)
 
-    Masks [M, H, W] belong to the last M images; an image without one counts as object everywhere.
+
+def paste(x: Tensor, labels: Tensor, objects: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scenes [M, 3, H, W], the first of them with their neighbour in place of the background.
+
+    Returns the images, the labels [M, 2] of the object in front and the one behind, and what is visible of them,
+    [M, 2, H, W].
     """
-    side = math.isqrt(patches)
-    covered = one_hot.new_ones(len(one_hot), patches, 1)
-    covered[len(one_hot) - len(objects) :, :, 0] = F.adaptive_avg_pool2d(objects, side).flatten(1)
-    return covered * one_hot[:, None] + (1 - covered) / one_hot.shape[1]
+    pasted = (torch.arange(len(x), device=x.device) < share * len(x)).view(-1, 1, 1).to(x)
+    behind = pasted * (1 - objects)
+    x = x + behind[:, None] * (x.roll(1, 0) - x)
+    return x, torch.stack([labels, labels.roll(1)], 1), torch.stack([objects, behind * objects.roll(1, 0)], 1)
+
+
+def class_shares(labels: Tensor, masks: Tensor, side: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Class shares of images [B, C] and of their patches [B, side ** 2, C], from K labelled masks [B, K, H, W] each.
+
+    A patch is of each class as far as that mask covers it and for the rest of every class alike; an image is of the
+    classes by their visible areas.
+    """
+    covered = F.adaptive_avg_pool2d(masks, side).flatten(2)
+    one_hot = F.one_hot(labels, classes).to(covered)
+    named = covered.transpose(1, 2) @ one_hot
+    area = named.sum(1)
+    return area / area.sum(1, keepdim=True).clamp(min=1e-6), named + (1 - covered.sum(1))[..., None] / classes
+
+
+def best_patches_loss(logits: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Multiple-instance loss: cross-entropy of those patches [B, P, C] of an image that show its class best."""
+    losses = F.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
+    return losses.topk(math.ceil(share * logits.shape[1]), largest=False).values.mean()
 
 
 def image_losses(model: Trainee, x: Tensor, objects: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Cross-entropies of the image embedding and of the patches."""
-    image, local = image_features(model.clip.visual, x)
-    scale = model.clip.logit_scale.exp().clamp(max=100)
-    classes = F.normalize(model.classes, dim=-1)
-    smoothing = recipe.label_smoothing
-    image_loss = F.cross_entropy(scale * image @ classes.T, labels, label_smoothing=smoothing)
-    targets = patch_targets(F.one_hot(labels, len(classes)).to(local), objects, local.shape[1])
-    local_logits = scale * local @ classes.T
-    patch_loss = F.cross_entropy(local_logits.flatten(0, 1), targets.flatten(0, 1), label_smoothing=smoothing)
-    return {"image_loss": image_loss, "patch_loss": recipe.patch_weight * patch_loss}
+    """Cross-entropies of the image embedding and of the patches, of photographs and scenes of known `objects`."""
+    photos, classes = len(x) - len(objects), len(model.classes)
+    tiled = round(recipe.mosaic_share * photos) // 4 * 4
+    single = photos - tiled
+    joined = mosaics(x[:tiled], labels[:tiled])
+    pasted = paste(x[photos:], labels[photos:], objects, recipe.paste_share)
+    image, local = image_features(model.clip.visual, torch.cat([x[tiled:photos], joined[0], pasted[0]]))
+
+    scale, matrix = model.clip.logit_scale.exp().clamp(max=100), F.normalize(model.classes, dim=-1)
+    logits = scale * local @ matrix.T
+    cross_entropy = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    targets = [F.one_hot(labels[tiled:photos], classes).to(logits)]
+    patch_loss = recipe.best_weight * best_patches_loss(logits[:single], labels[tiled:photos], recipe.best_share)
+    parts = logits[single:].split([tiled // 4, len(objects)])
+    for part, known, weight in zip(parts, (joined, pasted), (recipe.mosaic_weight, recipe.scene_weight), strict=True):
+        of_images, of_patches = class_shares(*known[1:], math.isqrt(logits.shape[1]), classes)
+        targets.append(of_images)
+        if len(part):
+            patch_loss = patch_loss + weight * cross_entropy(part.flatten(0, 1), of_patches.flatten(0, 1))
+    return {"image_loss": cross_entropy(scale * image @ matrix.T, torch.cat(targets)), "patch_loss": patch_loss}
 
 
 def text_loss(model: Trainee, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -415,6 +465,7 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.model = Trainee(TinyConfig(), len(self.names), recipe.logit_scale).to(device)
         self.optimizer = build_optimizer(self.model, recipe, self.precision)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
         tokenizer = ByteTokenizer()
         self.texts = torch.stack([tokenizer([t.format(name) for name in self.names]) for t in TEMPLATES])
         self.step, self.seconds = 0, 0.0
@@ -431,6 +482,7 @@ class Training:
         if saved["recipe"] != asdict(self.recipe):
             raise SystemExit(f"{self.checkpoint} is of another recipe: remove it or give another --work.")
         self.model.load_state_dict(saved["model"])
+        self.averaged.load_state_dict(saved["averaged"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         if self.csv.exists():  # steps behind the checkpoint are run again
@@ -442,6 +494,7 @@ class Training:
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -468,6 +521,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         sum(parts.values()).backward()
         self.optimizer.step()
+        self.averaged.update_parameters(self.model)
         self.step += 1
         return {name: part.detach() for name, part in parts.items()}
 
@@ -503,14 +557,14 @@ class Training:
 
     def finish(self, out: Path) -> None:
         """Look at the held-out photographs once; write weights, history and model card."""
-        self.model.eval()
+        model = self.averaged.module.eval()
         photo_names = self.names[: self.photo_classes]
         images, labels, _, found = load_pack(self.packs / "tiny-imagenet.parquet", "val", None)
         if found != photo_names:
             raise SystemExit("The val split's class names differ from the training split's.")
         made = scenes.render(scenes.ID_CLASSES, 50, size=64, seed=5)
         top1 = {
-            name: accuracy(self.model, class_text(self.model, names), torch.from_numpy(x).permute(0, 3, 1, 2), y)
+            name: accuracy(model, class_text(model, names), torch.from_numpy(x).permute(0, 3, 1, 2), y)
             for name, names, x, y in (
                 ("photographs", photo_names, images, torch.from_numpy(labels)),
                 ("scenes", scenes.ID_CLASSES, made.images, torch.from_numpy(made.labels)),
@@ -518,7 +572,7 @@ class Training:
         }
         print(json.dumps(top1, indent=2), flush=True)
         history = self.history(top1["photographs"])
-        export(self.model.to("cpu"), TinyConfig(), out, history)
+        export(model.to("cpu"), TinyConfig(), out, history)
         auroc = zero_shot_auroc(out, self.packs, self.work / "features")
         print(json.dumps(auroc, indent=2), flush=True)
         card = model_card(history, top1, auroc)
@@ -551,25 +605,19 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder for the decoded data, checkpoint and log")
     parser.add_argument("--out", default=str(PACKAGE), help="where the weights go (default: into the package)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, default=Recipe.samples)
-    parser.add_argument("--small", type=int, default=Recipe.small, help="image side during the first part of the run")
-    parser.add_argument("--small-share", type=float, default=Recipe.small_share, help="how long that part is")
-    parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
-    parser.add_argument("--seed", type=int, default=Recipe.seed, help="give a continued run another one")
-    parser.add_argument("--continue", dest="start", action="store_true", help="from the weights in the package")
+    numbers = [field for field in fields(Recipe) if field.name != "start"]
+    for field in numbers:
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default, help="default: %(default)s")
+    parser.add_argument(
+        "--continue", dest="start", action="store_true", help="from the package's weights; give another --seed"
+    )
     parser.add_argument("--save-every", type=float, default=240, help="seconds between checkpoints")
     parser.add_argument("--stop-at", type=int, help="stop after this step (to try the resuming)")
     args = parser.parse_args()
     start = PACKAGE / "model.safetensors" if args.start else None
-    recipe = Recipe(
-        samples=args.samples,
-        small=args.small,
-        small_share=args.small_share,
-        muon_lr=args.muon_lr,
-        adamw_lr=Recipe.adamw_lr * args.muon_lr / Recipe.muon_lr,
-        seed=args.seed,
-        start=hashlib.sha256(start.read_bytes()).hexdigest() if start else "",
-    )
+    digest = hashlib.sha256(start.read_bytes()).hexdigest() if start else ""
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in numbers}, start=digest)
     training = Training(Path(args.packs), Path(args.work).expanduser(), args.device, recipe, start)
     training.run(args.stop_at, args.save_every)
     if training.step == training.recipe.steps:
