@@ -23,7 +23,7 @@ from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import MissingDataError, UsageError
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLUPacked
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -1326,3 +1326,28 @@ def test_missing_transformers_gives_the_pip_command(monkeypatch):
     monkeypatch.delitem(sys.modules, "ood_core.backbones.transformers")
     with pytest.raises(UsageError, match=r"pip install 'ood-core\[transformers\]'"):
         create_backbone("hf:openai/clip-vit-base-patch16")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_tail_is_the_rest_of_the_pass(normalize):
+    tiny = create_backbone("tiny")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image, local = tiny.tail(tiny.prefix(images))
+    expected = tiny.encode_dense(images, normalize=normalize)
+    if normalize:
+        image, local = F.normalize(image, dim=-1), F.normalize(local, dim=-1)
+    torch.testing.assert_close(image, expected[0])
+    torch.testing.assert_close(local, expected[1])
+    tokens = tiny.prefix(images).requires_grad_()
+    sum(part.sum() for part in tiny.tail(tokens)).backward()
+    assert tokens.grad.isfinite().all()
+    assert tokens.grad.any()
+
+
+def test_the_weights_are_saved_in_the_librarys_format(tmp_path):
+    tiny = create_backbone("tiny")
+    assert tiny.save(tmp_path / "new").startswith(
+        f"Saved: {tmp_path / 'new' / 'model.safetensors'}, for load_state_dict"
+    )
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    assert all(torch.equal(value, tensors[name]) for name, value in tiny.model.state_dict().items())

@@ -82,7 +82,7 @@ def test_names_are_listed_without_loading_torch():
 
 
 def test_list_check_says_what_detectors_need_and_which_are_broken(monkeypatch, capsys):
-    entries = {name: EntryPoint(name, "ood_core.detectors.distance:KNN", "ood.detectors") for name in ("knn", "mine")}
+    entries = {name: EntryPoint(name, "ood_core.detectors.knn:KNN", "ood.detectors") for name in ("knn", "mine")}
     entries["mine"] = EntryPoint("mine", "no_such_package:Mine", "ood.detectors")
     monkeypatch.setitem(DETECTORS.__dict__, "entries", entries)
     code, out, _ = run(capsys, "list", "--json")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from ood_core import create_detector
 from ood_core.detectors.base import Detector
-from ood_core.detectors.linear_probe import L2_GRID, fit_logistic, hold_out
+from ood_core.detectors.linear_probe import L2_GRID, hold_out
 from ood_core.errors import DataError, NotFittedError
+from ood_core.logistic import fit_logistic
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 

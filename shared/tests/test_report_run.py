@@ -5,7 +5,7 @@ import pytest
 import torch
 from ood_core import create_detector, evaluate
 from ood_core.data import scenes
-from ood_core.detectors.zero_shot import MCM
+from ood_core.detectors.mcm import MCM
 from ood_core.fusion import Fusion
 from ood_core.metrics import paired_bootstrap
 from ood_core.scores import ScoreTable

@@ -69,4 +69,4 @@ def test_examples_of_the_docstrings():
     results = {name: doctest.testmod(importlib.import_module(f"ood_setar.{name}"), verbose=False) for name in MODULES}
     assert {name for name, result in results.items() if result.failed} == set()
     with_examples = {name for name, result in results.items() if result.attempted}
-    assert with_examples >= {"functional", "search", "edit", "neg_label", "_published"}
+    assert with_examples >= {"functional", "search", "edit", "_published"}

@@ -382,7 +382,7 @@ class Fusion(Detector):
         Args:
             id: ID images, features or scores (see `calibrate`).
             ood: OOD images, features or scores; of a score table all sets but "id".
-            l2: strength of the penalty, see `ood_core.detectors.linear_probe.fit_logistic`.
+            l2: strength of the penalty, see `ood_core.logistic.fit_logistic`.
             **extraction: for `extract`, with images.
 
         Raises:
@@ -392,7 +392,7 @@ class Fusion(Detector):
         Example:
             >>> Fusion([a, b], combine="stacking").fit_stacking(val, known_ood).calibrate(other)  # doctest: +SKIP
         """
-        from ood_core.detectors.linear_probe import fit_logistic
+        from ood_core.logistic import fit_logistic
 
         if self.combine != "stacking":
             raise UsageError(f"Only combine='stacking' learns from OOD images, not combine={self.combine!r}.")

@@ -15,8 +15,9 @@ from ood_core.backbones.base import Backbone
 from ood_core.data.augment import LiveViews, Views
 from ood_core.data.sources import ImageSource
 from ood_core.detectors.base import Detector, backbone_of
+from ood_core.detectors.mcm import MCM
 from ood_core.detectors.trained import Run, TrainedDetector
-from ood_core.detectors.zero_shot import MCM, ZeroShot, default_k
+from ood_core.detectors.zero_shot import ZeroShot, default_k
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet, extract
 from ood_core.functional import mcm, released_image_to_text, unsaturated_match

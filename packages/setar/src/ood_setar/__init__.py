@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from ood_setar import functional
     from ood_setar.detectors import SeTAR
     from ood_setar.edit import SeTAREdit
-    from ood_setar.neg_label import NegLabel
 
 __version__ = "0.1.0"
 
-_HOMES = {"NegLabel": "neg_label", "SeTAR": "detectors", "SeTAREdit": "edit"}
-__all__ = ["NegLabel", "SeTAR", "SeTAREdit", "functional"]
+_HOMES = {"SeTAR": "detectors", "SeTAREdit": "edit"}
+__all__ = ["SeTAR", "SeTAREdit", "functional"]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,8 +57,7 @@ def apply(args: argparse.Namespace) -> None:
     from ood_setar.edit import SeTAREdit
 
     edit = SeTAREdit.from_pretrained(args.edit)
-    written = save_model(edit.apply(_backbone_of(args, edit)), Path(args.out))
-    message(written)
+    message(edit.apply(_backbone_of(args, edit)).save(args.out))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -260,28 +259,6 @@ def _classify(args: argparse.Namespace, backbones: Mapping[str, Backbone], sourc
         print_json({"images": len(labelled), "classes": len(labelled.label_names), "accuracy": found})
         return
     print_table(["", "accuracy"], [[label, f"{100 * value:.2f}"] for label, value in found.items()])
-
-
-def save_model(backbone: Backbone, folder: Path) -> str:
-    """Write a backbone's model in its library's own format; returns a sentence that says how to load it."""
-    from ood_core.files import write_atomically
-    from safetensors.torch import save_file
-
-    library = backbone.spec.partition(":")[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    if library == "hf":
-        backbone.model.save_pretrained(folder)
-        if getattr(backbone, "tokenizer", None) is not None:
-            backbone.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-        return f"Saved: load it as 'hf:{folder}' (its image size and normalisation are the library's defaults)."
-    if library == "timm":
-        from timm.models import save_for_hf
-
-        save_for_hf(backbone.model, str(folder), safe_serialization=True)
-        return f"Saved: load it as 'timm:local-dir:{folder}'."
-    tensors = {name: value.contiguous().clone() for name, value in backbone.model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
-    return f"Saved: {folder / 'model.safetensors'}, for load_state_dict of the same architecture."
 
 
 def _tell(args: argparse.Namespace, edit: SeTAREdit) -> None:

@@ -257,12 +257,7 @@ def image_features(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Unit norm where they are compared with texts, raw where a classifier reads them.
     """
-    layer = backbone.layers()[-1]
-    x = layer.enter(x)
-    # Where the class token alone is read, the other tokens' MLP is not.
-    parts = layer.parts
-    behind = parts.feed_forward(parts.attend(x)[:, :1]) if backbone.reads_class_token else layer.block(x)
-    image, local = backbone.image_embedding(behind), backbone.value_embedding(x, behind)
+    image, local = backbone.tail(backbone.layers()[-1].enter(x))
     if "prompts" not in backbone.capabilities:
         return image, local
     return F.normalize(image, dim=-1), F.normalize(local, dim=-1)

@@ -14,16 +14,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ood_core.backbones.linear import NamedLinear
 from ood_core.backbones.transform import ImageTransform
 from ood_core.errors import UsageError, unknown_name
+from ood_core.files import write_atomically
 
 __all__ = ["FEATURES", "Backbone", "BlockParts", "Decision", "Layer", "hash_tensors", "identity"]
 
@@ -383,6 +386,22 @@ class Backbone(ABC):
             x = layer(x)
         return layers[-blocks].enter(x) if layers else x
 
+    def tail(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes of the input tokens of the last block; gradients flow.
+
+        Where the image embedding reads the class token alone, the other tokens' MLP is left out.
+
+        Args:
+            tokens: as `prefix` gives them, [B, T, D].
+
+        Returns:
+            Image embedding [B, d] and local features [B, P, d] of the value path, not normalised.
+        """
+        last = self.layers()[-1]
+        lone = self.reads_class_token
+        behind = last.parts.feed_forward(last.parts.attend(tokens)[:, :1]) if lone else last.block(tokens)
+        return self.image_embedding(behind), self.value_embedding(tokens, behind)
+
     @torch.no_grad()
     def encode(
         self, x: Tensor, needs: Collection[str] = ("image",), *, local: str = "value", normalize: bool = True
@@ -637,6 +656,20 @@ class Backbone(ABC):
         return features if features.dtype == torch.float64 else features.float()
 
     # ---- weights
+
+    def save(self, folder: str | Path) -> str:
+        """Write the weights (safetensors) in the format of the model's own library.
+
+        Args:
+            folder: made where it is missing.
+
+        Returns:
+            A sentence that says how to load them.
+        """
+        file = Path(folder) / "model.safetensors"
+        tensors = {name: value.contiguous().clone() for name, value in self.model.state_dict().items()}
+        write_atomically(file, lambda path: save_file(tensors, path))
+        return f"Saved: {file}, for load_state_dict of the same architecture."
 
     def linears(self) -> list[str]:
         """Names that `linear` takes, bottom layer first."""

@@ -205,6 +205,11 @@ class TimmBackbone(Backbone):
     def pool_values(self, tokens: Tensor) -> Tensor:
         return self.local_embedding(tokens)
 
+    def save(self, folder: str | Path) -> str:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        timm.models.save_for_hf(self.model, str(folder), safe_serialization=True)
+        return f"Saved: load it as 'timm:local-dir:{folder}'."
+
     def logits(self, embedding: Tensor) -> Tensor:
         return self.network.get_classifier()(embedding)
 

@@ -147,6 +147,13 @@ class TransformersBackbone(Backbone):
     def project(self, x: Tensor) -> Tensor:
         return getattr(self.network, "visual_projection", identity)(x)
 
+    def save(self, folder: str | Path) -> str:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        return f"Saved: load it as 'hf:{folder}' (its image size and normalisation are the library's defaults)."
+
     def logits(self, embedding: Tensor) -> Tensor:
         return self.classifier(embedding)
 

@@ -1,10 +1,9 @@
-"""Detectors that read class logits: MSP, MaxLogit, Energy, GEN."""
+"""What detectors share that read class logits, wherever these come from."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +12,9 @@ from ood_core.backbones.base import Backbone
 from ood_core.detectors.base import Detector
 from ood_core.errors import DataError
 from ood_core.features import FeatureSet
+from ood_core.logistic import fit_logistic
 
-__all__ = ["GEN", "MSP", "Energy", "LogitDetector", "MaxLogit", "unsaturated_msp"]
+__all__ = ["LogitDetector", "check_trainable", "unsaturated_msp"]
 
 _HEADS = ("auto", "zero_shot", "probe", "classifier")
 
@@ -87,18 +87,15 @@ class LogitDetector(Detector):
             self._fit_probe(features)
 
     def _fit_probe(self, features: FeatureSet) -> None:
-        from sklearn.linear_model import LogisticRegression
-
-        labels = self._class_labels(features).numpy()
-        check_trainable(features.image, labels, self.class_names)
-        classes = np.unique(labels)
-        probe = LogisticRegression(C=self.probe_c, max_iter=2000).fit(features.image.double().numpy(), labels)
-        weight, bias = probe.coef_, probe.intercept_
-        if len(classes) == 2:  # scikit-learn keeps one row for two classes
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-        self.class_names = [self.class_names[i] for i in classes]
-        # Contiguous, as it will be loaded: products differ in the last bits with the order in memory.
-        self.state = {"weight": torch.from_numpy(weight).float().contiguous(), "bias": torch.from_numpy(bias).float()}
+        x, labels = features.image.double(), self._class_labels(features)
+        check_trainable(x, labels, self.class_names)
+        present, labels = labels.unique(return_inverse=True)
+        # scikit-learn's `LogisticRegression(C=probe_c)`: with two classes it penalises their difference, which is
+        # twice as long as either row.
+        rows = 2 if len(present) == 2 else 1
+        weight, bias = fit_logistic(x, labels, len(present), l2=rows / (self.probe_c * len(x)))
+        self.class_names = [self.class_names[i] for i in present]
+        self.state = {"weight": weight.float(), "bias": bias.float()}
 
     def logits(self, features: FeatureSet) -> Tensor:
         """Logits [N, C] in the order of `class_names`."""
@@ -106,79 +103,3 @@ class LogitDetector(Detector):
             return features.logits
         weight, bias = (self.state[name].to(features.image.device) for name in ("weight", "bias"))
         return features.image @ weight.T + bias
-
-
-class MSP(LogitDetector):
-    """Maximum softmax probability; above .999, where float32 would round it to 1, in the order of the log-odds.
-
-    A score above 1 is therefore no mistake: it says how little is left to 1 (see `functional.unsaturated`).
-
-    Args:
-        temperature: divides the logits.
-        head: see `LogitDetector`.
-        probe_c: see `LogitDetector`.
-        **common: see `create_detector`.
-    """
-
-    name = "msp"
-    least_classes: ClassVar[int] = 2
-
-    def __init__(self, *, temperature: float = 1.0, head: str = "auto", probe_c: float = 10.0, **common: Any) -> None:
-        super().__init__(head=head, probe_c=probe_c, **common)
-        self.temperature = check.positive("temperature", temperature)
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        return unsaturated_msp(self.logits(features), temperature=self.temperature)
-
-
-class MaxLogit(LogitDetector):
-    """The largest logit (options: see `LogitDetector`)."""
-
-    name = "max_logit"
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        return functional.max_logit(self.logits(features))
-
-
-class Energy(LogitDetector):
-    """Negative free energy.
-
-    Args:
-        temperature: divides the logits and multiplies the logsumexp.
-        head: see `LogitDetector`.
-        probe_c: see `LogitDetector`.
-        **common: see `create_detector`.
-    """
-
-    name = "energy"
-
-    def __init__(self, *, temperature: float = 1.0, head: str = "auto", probe_c: float = 10.0, **common: Any) -> None:
-        super().__init__(head=head, probe_c=probe_c, **common)
-        self.temperature = check.positive("temperature", temperature)
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        return functional.energy(self.logits(features), temperature=self.temperature)
-
-
-class GEN(LogitDetector):
-    """Generalised entropy.
-
-    Args:
-        gamma: exponent in (0, 1).
-        top: how many of the largest probabilities count.
-        head: see `LogitDetector`.
-        probe_c: see `LogitDetector`.
-        **common: see `create_detector`.
-    """
-
-    name = "gen"
-    least_classes: ClassVar[int] = 2
-
-    def __init__(
-        self, *, gamma: float = 0.1, top: int = 100, head: str = "auto", probe_c: float = 10.0, **common: Any
-    ) -> None:
-        super().__init__(head=head, probe_c=probe_c, **common)
-        self.gamma, self.top = gamma, check.integer("top", top, 1, 2**31)
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        return functional.gen(self.logits(features), gamma=self.gamma, top=self.top)

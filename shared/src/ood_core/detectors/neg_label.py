@@ -1,46 +1,38 @@
 """NegLabel: how much more an image looks like the known classes than like words far from all of them.
 
 Jiang et al., "Negative label guided OOD detection with pretrained vision-language models", ICLR 2024; the
-constants are those of its authors' released code. The words are WordNet's (licence in `wordnet/LICENSE`).
+constants are those of its authors' released code. The words are those of `ood_core.words`.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from ood_core import check, functional
-from ood_core.backbones.base import Backbone
-from ood_core.detectors.zero_shot import ZeroShot
-from ood_core.errors import DataError, MissingDataError, UsageError, unknown_name
-from ood_core.features import FeatureSet
-from ood_core.prompts import fill
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["NegLabel", "neg_label", "read_words", "select_negatives"]
+from ood_core import check, functional
+from ood_core.backbones.base import Backbone
+from ood_core.detectors.zero_shot import ZeroShot
+from ood_core.errors import DataError, UsageError
+from ood_core.features import FeatureSet
+from ood_core.prompts import fill
+from ood_core.words import SHIPPED, file_numbers, read_words, spaced, words_of
+
+__all__ = ["NegLabel", "neg_label", "select_negatives"]
 
 log = logging.getLogger(__name__)
 
 _NOUN = "the nice {}"
 
-_SHIPPED = {"nouns": _NOUN, "adjectives": "This is a {} photo"}
+_PROMPTS_OF = {"nouns": _NOUN, "adjectives": "This is a {} photo"}
 """Word list -> prompt; users' files have the nouns'."""
 
-# WordNet's lexicographer files of nouns have the numbers 3 to 28 in this order.
-_NOUN_FILES = (  # noqa: SIM905
-    "Tops act animal artifact attribute body cognition communication event feeling food group location motive object "
-    "person phenomenon plant possession process quantity relation shape state substance time"
-).split()
-
-_FILES = {"adj.all": 0, "adj.pert": 1, "adj.ppl": 44} | {f"noun.{file}": 3 + i for i, file in enumerate(_NOUN_FILES)}
 
 # Cosines in memory at a time, below the 16 million that torch.quantile takes.
 _COSINES = 2**22
@@ -151,76 +143,6 @@ def _kept(candidates: int, share: float) -> int:
     return count
 
 
-def read_words(name: str | Path, exclude: Sequence[str | int] = ()) -> list[str]:
-    """Candidate words of a list, in its order, each once whatever its case, with spaces for underscores.
-
-    Args:
-        name: "nouns" or "adjectives" of WordNet 3.0, or a text file with one word per line.
-        exclude: WordNet's lexicographer files to leave out, by name ("noun.animal") or number (5). A word that has
-            a meaning in another file, too, stays. Of no effect on a text file.
-
-    Returns:
-        At least one word.
-
-    Raises:
-        TypeError: `exclude` is a string.
-        UsageError: an unknown lexicographer file.
-        MissingDataError: no such file.
-        DataError: a file without words or that is no text, or nothing left by `exclude`.
-
-    Example:
-        >>> read_words("adjectives")[:3]
-        ['able', 'unable', 'abaxial']
-    """
-    left_out = _file_numbers(exclude)
-    found = _shipped_words(str(name), left_out) if str(name) in _SHIPPED else _file_words(Path(name))
-    words: dict[str, str] = {}
-    for word in found:
-        words.setdefault((spaced := _spaced(word)).casefold(), spaced)
-    words.pop("", None)
-    if not words:
-        raise DataError(f"{name} holds no word{f' outside exclude={list(exclude)}' if left_out else ''}: give some.")
-    return list(words.values())
-
-
-def _file_numbers(exclude: Sequence[str | int]) -> frozenset[int]:
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a list such as ['noun.food'], got the string {exclude!r}.")
-    return frozenset(_file_number(file) for file in exclude)
-
-
-def _file_number(file: str | int) -> int:
-    if isinstance(file, str) and file in _FILES:
-        return _FILES[file]
-    if type(file) is int and file in _FILES.values():
-        return file
-    raise unknown_name("lexicographer file", str(file), _FILES)
-
-
-def _shipped_words(name: str, left_out: frozenset[int]) -> list[str]:
-    source = resources.files("ood_setar") / "wordnet" / f"{name}.csv.gz"
-    with source.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8", newline="") as table:
-        rows = csv.reader(table)
-        next(rows)  # names of the columns
-        # The first lemma of a synset only, as in the authors' lists: the others mean the same.
-        return [lemmas.partition("|")[0] for _, file, lemmas in rows if int(file) not in left_out]
-
-
-def _file_words(path: Path) -> list[str]:
-    if not path.is_file():
-        raise MissingDataError(
-            f"No word file {path}: give 'nouns', 'adjectives' or a text file with one word per line."
-        )
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error}): give one word per line.") from error
-
-
-def _spaced(word: str) -> str:
-    return " ".join(word.replace("_", " ").split())
-
-
 class NegLabel(ZeroShot):
     """NegLabel: the known classes against mined negative words.
 
@@ -279,7 +201,7 @@ class NegLabel(ZeroShot):
         self.share = _proportion("share", share)
         self.groups = check.integer("groups", groups, 1, 2**31)
         self.words = words if words is None else _word_lists(words)
-        _file_numbers(exclude)
+        file_numbers(exclude)
         self.exclude = list(exclude)
         self.max_words = max_words if max_words is None else check.integer("max_words", max_words, 1, 2**31)
         self.seed = check.integer("seed", seed, 0, 2**31)
@@ -317,9 +239,9 @@ class NegLabel(ZeroShot):
 
     def _candidates(self) -> dict[str, list[str]]:
         """The words to encode of every list; none is a class name or in an earlier list."""
-        known = {_spaced(one).casefold() for one in self.class_names}
+        known = {spaced(one).casefold() for one in self.class_names}
         found: dict[str, list[str]] = {}
-        for name in self.words or _SHIPPED:
+        for name in self.words or SHIPPED:
             words = [word for word in read_words(name, self.exclude) if word.casefold() not in known]
             if not words:
                 raise DataError(f"Every word of {name} is a class name or in an earlier list: give other words.")
@@ -338,7 +260,7 @@ class NegLabel(ZeroShot):
 
     def _choose(self, backbone: Backbone, name: str, words: list[str]) -> tuple[list[str], Tensor]:
         """The farthest words of one list, farthest first, and their features."""
-        features = _encode(backbone, [fill(_SHIPPED.get(name, _NOUN), word) for word in words], name)
+        features = _encode(backbone, [fill(_PROMPTS_OF.get(name, _NOUN), word) for word in words], name)
         index = select_negatives(features, self.state["text"], share=self.share)
         return [words[i] for i in index.tolist()], features[index]
 
@@ -354,7 +276,7 @@ class NegLabel(ZeroShot):
         made = super()._empty(path, config)
         file = path / "negatives.txt"
         if file.is_file():  # a repository on the hub is fetched without it
-            made.negative_words = _file_words(file)
+            made.negative_words = words_of(file)
         return made
 
 

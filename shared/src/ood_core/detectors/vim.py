@@ -1,4 +1,4 @@
-"""Detectors that compare features with those of ID training images: kNN, Mahalanobis, ViM."""
+"""ViM: the part of a feature outside the principal space of ID images, as a logit of its own."""
 
 from __future__ import annotations
 
@@ -9,98 +9,18 @@ import torch
 from torch import Tensor
 
 from ood_core import check, functional
-from ood_core.detectors.base import Detector
 from ood_core.detectors.logits import LogitDetector
 from ood_core.errors import DataError, UsageError
 from ood_core.features import FeatureSet
 
-__all__ = ["KNN", "Mahalanobis", "ViM"]
+__all__ = ["ViM"]
 
 log = logging.getLogger(__name__)
 
-# Of sums over float32 features, relative: less than this is no scatter and no residual.
+# Of sums over float32 features, relative: less than this is no residual.
 _ROUNDING = 1e-6
 # Images per dimension of a principal space; with fewer it is a space of these images, not of their distribution.
 _PER_DIMENSION = 4
-
-
-class KNN(Detector):
-    """Minus the distance to the k-th nearest ID training feature.
-
-    Args:
-        k: rank of the neighbour; None: 50, but no more than the classes of the training images have (their median),
-            since farther neighbours are of other classes. A smaller bank uses its farthest entry and says so.
-        **common: see `create_detector`.
-    """
-
-    name = "knn"
-    fit_options = frozenset({"k"})
-
-    def __init__(self, *, k: int | None = None, **common: Any) -> None:
-        super().__init__(**common)
-        self.k = k if k is None else check.integer("k", k, 1, 2**31)
-
-    def _fit(self, features: FeatureSet) -> None:
-        k = self.k or min(50, _median_class_size(features))
-        if len(features) < k:
-            log.warning("knn: k=%d is more than the bank's %d images, which is used instead.", k, len(features))
-        self.state = {"bank": features.image.clone(), "k": torch.tensor(min(k, len(features)))}
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        return functional.knn(features.image, self.state["bank"].to(features.image.device), k=int(self.state["k"]))
-
-
-def _median_class_size(features: FeatureSet) -> int:
-    if features.labels is None:
-        return len(features)
-    return int(features.labels.unique(return_counts=True)[1].median())
-
-
-class Mahalanobis(Detector):
-    """Minus the Mahalanobis distance to the nearest class mean, with one covariance for all classes.
-
-    Args:
-        shrinkage: "ledoit_wolf" (a share of the identity chosen from the data, right for few images), or a share
-            in [0, 1].
-        **common: see `create_detector`.
-    """
-
-    name = "mahalanobis"
-    fit_options = frozenset({"shrinkage"})
-
-    def __init__(self, *, shrinkage: str | float = "ledoit_wolf", **common: Any) -> None:
-        super().__init__(**common)
-        if shrinkage != "ledoit_wolf" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
-            raise ValueError(f"shrinkage={shrinkage!r} must be 'ledoit_wolf' or a share in [0, 1].")
-        self.shrinkage = shrinkage
-
-    def _fit(self, features: FeatureSet) -> None:
-        from sklearn.covariance import LedoitWolf, ShrunkCovariance
-
-        labels, x = self._class_labels(features), features.image.double()
-        present = labels.unique()
-        means = torch.stack([x[labels == label].mean(0) for label in present])
-        centred = _scatter(x, means[torch.searchsorted(present, labels)]).numpy()
-        adaptive = self.shrinkage == "ledoit_wolf"
-        estimator = LedoitWolf if adaptive else ShrunkCovariance
-        options = {} if adaptive else {"shrinkage": self.shrinkage}
-        precision = estimator(assume_centered=True, **options).fit(centred).get_precision()
-        self.state = {"means": means, "precision": torch.from_numpy(precision)}
-
-    def _score(self, features: FeatureSet) -> Tensor:
-        means, precision = (self.state[name].to(features.image.device) for name in ("means", "precision"))
-        return functional.mahalanobis(features.image.double(), means, precision)
-
-
-def _scatter(x: Tensor, means: Tensor) -> Tensor:
-    """Deviations [N, d] of features from their class means, if there are any beyond rounding."""
-    centred = x - means
-    if centred.norm() <= _ROUNDING * x.norm():
-        raise DataError(
-            f"No class has two different images among the {len(x)} to fit on, so nothing says how much images of one "
-            "class differ: give at least two images per class, or use 'knn'."
-        )
-    return centred
 
 
 class ViM(LogitDetector):

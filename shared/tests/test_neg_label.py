@@ -8,18 +8,20 @@ import math
 from pathlib import Path
 
 import numpy as np
-import ood_setar.neg_label
+import ood_core
+import ood_core.detectors.neg_label
 import pytest
 import torch
 import torch.nn.functional as F
 from ood_core import create_backbone, create_detector
 from ood_core.data import scenes
 from ood_core.detectors.base import Detector
+from ood_core.detectors.neg_label import NegLabel, neg_label, select_negatives
 from ood_core.errors import DataError, MissingDataError, NotFittedError, UsageError
 from ood_core.features import FeatureSet
-from ood_setar.neg_label import NegLabel, neg_label, read_words, select_negatives
+from ood_core.words import read_words
 
-WORDNET = Path(ood_setar.neg_label.__file__).parent / "wordnet"
+WORDNET = Path(ood_core.__file__).parent / "wordnet"
 CLASSES = ["Striped_Star", "entity", "brick square"]
 OPTIONS = {"max_words": 200, "groups": 8, "logit_scale": 30.0}
 
@@ -182,7 +184,7 @@ class TestSelection:
         words, text = unit(101, 6), unit(7, 6, seed=1)
         whole = select_negatives(words, text, share=1)
         for cosines in (1, 70, 700):
-            monkeypatch.setattr(ood_setar.neg_label, "_COSINES", cosines)
+            monkeypatch.setattr(ood_core.detectors.neg_label, "_COSINES", cosines)
             assert torch.equal(select_negatives(words, text, share=1), whole)
 
     def test_one_near_class_of_many_is_overlooked(self):
@@ -388,7 +390,7 @@ class TestDetector:
         assert every[0] in made.negative_words
 
     def test_progress_is_logged(self, backbone, caplog):
-        caplog.set_level("INFO", logger="ood_setar.neg_label")
+        caplog.set_level("INFO", logger="ood_core.detectors.neg_label")
         make(backbone, max_words=60, words=["nouns"])
         assert caplog.messages == ["neg_label: 60 of 60 prompts of nouns encoded."]
 
@@ -453,6 +455,6 @@ def test_clear_cases_are_told_apart_by_what_remains_to_1(backbone):
 
 
 def test_examples_of_the_docstrings():
-    result = doctest.testmod(ood_setar.neg_label, verbose=False)
+    result = doctest.testmod(ood_core.detectors.neg_label, verbose=False)
     assert result.attempted
     assert not result.failed
