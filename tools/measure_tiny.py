@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,17 @@ TEMPLATE = "a photo of a {}"
 RANKS = {"1-16": slice(16), "17-32": slice(16, 32), "33-64": slice(32, 64)}
 
 
-def load_backbone(folder: Path | None) -> Backbone:
-    """`tiny` in float32 with the weights in `folder`, or the shipped ones."""
-    backbone = create_backbone("tiny", dtype="float32")
-    backbone.model.load_state_dict(load_model(folder).state_dict())
-    return backbone
+def top1(image: Tensor, local: Tensor, text: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy of images [N, d], of their patches [N, P, d] one by one, and of the mean of the patches."""
+
+    def right(features: Tensor, labels: Tensor) -> float:
+        return (features @ text.T).argmax(-1).eq(labels).float().mean().item()
+
+    return {
+        "image": right(image, labels),
+        "single_patch": right(local, labels[:, None]),
+        "mean_of_patches": right(local.mean(1), labels),
+    }
 
 
 def right_by_rank(local: Tensor, text: Tensor, labels: Tensor) -> dict[str, float]:
@@ -46,39 +53,27 @@ def right_by_rank(local: Tensor, text: Tensor, labels: Tensor) -> dict[str, floa
     return {name: right[:, ranks].mean().item() for name, ranks in RANKS.items()}
 
 
-def photographs(backbone: Backbone, packs: Path, split: str) -> dict[str, float]:
-    """Top-1 among all 200 classes and among the protocol's 100, and there the patches by rank."""
-    source = ParquetImages(packs / "tiny-imagenet.parquet", split=split)
-    features = extract(backbone, source, needs={"image", "local"})
-    known = protocol.split_classes(source)[0].label_names
-    everything = text_features(backbone, source.label_names, TEMPLATE)
-    half = torch.tensor([source.label_names.index(name) for name in known])
-    rows = torch.isin(features.labels, half)
-    image, text = features.image[rows], everything[half]
-    labels = torch.searchsorted(half, features.labels[rows])
-    return {
-        "top1_of_200": (features.image @ everything.T).argmax(-1).eq(features.labels).float().mean().item(),
-        "top1_of_100": (image @ text.T).argmax(-1).eq(labels).float().mean().item(),
-        **right_by_rank(features.local[rows], text, labels),
-    }
-
-
 @torch.no_grad()
-def objects(backbone: Backbone) -> dict[str, float]:
-    """New scenes of the demo's known classes: share of patches showing the class, on the object and off it."""
-    made = scenes.render(scenes.ID_CLASSES, 25, size=64, seed=5)
+def of_scenes(backbone: Backbone, photo_names: list[str]) -> dict[str, Any]:
+    """New scenes of the demo's known classes: accuracy, and share of patches showing the class, on and off the object.
+
+    Patches are judged among the known classes and among all photographs' and scenes' names: only there can a
+    background look like something else.
+    """
+    made = scenes.render(scenes.ID_CLASSES, 50, size=64, seed=5)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.transform.mean, backbone.transform.std))
     x = (torch.from_numpy(made.images).permute(0, 3, 1, 2).float() / 255 - mean) / std
     image, local = backbone.encode_dense(x)
-    text = text_features(backbone, scenes.ID_CLASSES, TEMPLATE)
     labels = torch.from_numpy(made.labels)
     covered = F.adaptive_avg_pool2d(torch.from_numpy(made.masks).float(), 8).flatten(1)
-    right = (local @ text.T).argmax(-1).eq(labels[:, None]).float()
-    return {
-        "top1": (image @ text.T).argmax(-1).eq(labels).float().mean().item(),
-        "on": right[covered > 0.75].mean().item(),
-        "off": right[covered == 0].mean().item(),
-    }
+    others = [f"{material} {shape}" for material in scenes.MATERIALS for shape in scenes.SHAPES]
+    names = [*scenes.ID_CLASSES, *photo_names, *(name for name in others if name not in scenes.ID_CLASSES)]
+    text = text_features(backbone, names, TEMPLATE)
+    figures: dict[str, Any] = {"top1": top1(image, local, text[: len(scenes.ID_CLASSES)], labels)}
+    for count in (len(scenes.ID_CLASSES), len(names)):
+        right = (local @ text[:count].T).argmax(-1).eq(labels[:, None]).float()
+        figures[f"of {count}"] = {"on": right[covered > 0.75].mean().item(), "off": right[covered == 0].mean().item()}
+    return figures
 
 
 def zero_shot_auroc(backbone: Backbone, packs: Path) -> dict[str, dict[str, float]]:
@@ -90,6 +85,27 @@ def zero_shot_auroc(backbone: Backbone, packs: Path) -> dict[str, dict[str, floa
     }
 
 
+def measure(backbone: Backbone, packs: Path, split: str, *, ood: bool) -> dict[str, Any]:
+    """All figures: accuracies, patches by rank (among the protocol's 100 classes), scenes, and with `ood` the AUROC."""
+    source = ParquetImages(packs / "tiny-imagenet.parquet", split=split)
+    features = extract(backbone, source, needs={"image", "local"})
+    text = text_features(backbone, source.label_names, TEMPLATE)
+    names = protocol.split_classes(source)[0].label_names
+    known = torch.tensor([source.label_names.index(name) for name in names])
+    rows, own = (features.labels[:, None] == known).nonzero(as_tuple=True)
+    on_scenes = of_scenes(backbone, source.label_names)
+    figures = {
+        "top1": {
+            "photographs": top1(features.image, features.local, text, features.labels),
+            "photographs of 100 classes": top1(features.image[rows], features.local[rows], text[known], own),
+            "scenes": on_scenes.pop("top1"),
+        },
+        "right_by_rank": right_by_rank(features.local[rows], text[known], own),
+        "scenes": on_scenes,
+    }
+    return figures | ({"auroc": zero_shot_auroc(backbone, packs)} if ood else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=Path, required=True)
@@ -97,11 +113,9 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=["val", "fit"])
     parser.add_argument("--without-ood", action="store_true")
     args = parser.parse_args()
-    backbone = load_backbone(args.weights)
-    figures = {"photographs": photographs(backbone, args.packs, args.split), "scenes": objects(backbone)}
-    if not args.without_ood:
-        figures["auroc"] = zero_shot_auroc(backbone, args.packs)
-    print(json.dumps(figures, indent=2))
+    backbone = create_backbone("tiny", dtype="float32")
+    backbone.model.load_state_dict(load_model(args.weights).state_dict())
+    print(json.dumps(measure(backbone, args.packs, args.split, ood=not args.without_ood), indent=2))
 
 
 if __name__ == "__main__":
