@@ -13,8 +13,7 @@ def page() -> str:
     recipes = read("tiny_recipes") or {}
     parts = ["# How the embedded backbone was trained\n"]
     for part in recipes.values():
-        shown = {key for row in part["rows"] for key in row}
-        header = ["recipe", "samples", *(key for key in ("minutes", "image", "single_patch") if key in shown)]
+        header = list(dict.fromkeys(key for row in part["rows"] for key in row))
         rows = [[_shown(row.get(key)) for key in header] for row in part["rows"]]
         parts.append(f"{part['about'][0].upper()}{part['about'][1:]}.\n\n{table(header, rows)}")
     history = json.loads((ROOT / "shared/src/ood_core/tiny/config.json").read_text())["training"]["runs"]
