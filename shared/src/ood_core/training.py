@@ -5,6 +5,7 @@ A method brings its parameters, its optimiser and a function from row numbers to
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -233,7 +234,14 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     if not dist.is_initialized():
         # Losses are gathered on the CPU: with NCCL alone they would all be sent by way of the first GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Its threads would otherwise outlive the interpreter now and then, and abort a process that has done its work.
+        atexit.register(_leave_processes)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- checkpoints
